@@ -1,0 +1,151 @@
+"""What the engine is told at start: frozen, composed, each field documented where it is declared.
+
+The command line, its environment variables and the reference page are generated from these declarations (`option`).
+Knows no argument parser, and no value that only a loaded model can tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from pronk.engine.errors import ConfigError
+
+LOAD_FORMATS = ("auto", "safetensors", "pth", "dummy")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+
+# Attention splits a sequence's keys at multiples of this many positions, so a block must divide it (DESIGN: promise 1).
+KEY_SPLIT = 256
+
+
+def option(default: Any, help: str, *, flag: str, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    flag: its long name, `--max-model-len`; the environment variable follows from it, `PRONK_MAX_MODEL_LEN`.
+    """
+    metadata = {"help": help, "flag": flag, "choices": choices, "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+def parse_bytes(text: str | int) -> int:
+    """ "4GiB", "512 MiB", "2G", "1000000" -> bytes. G and GiB mean 2**30, GB means 10**9."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B)?\s*", str(text), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size: write a number of bytes, or for example 4GiB or 512MiB")
+    number, prefix, suffix = match.groups()
+    base = 1000 if (suffix or "").upper() == "B" and prefix else 1024
+    return int(float(number) * base ** " KMGT".index(prefix.upper() or " "))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = option(16, "tokens in one block of the KV cache: 16, 32, 64, 128 or 256", flag="--block-size")
+    memory: str | None = option(
+        None,
+        "memory for the KV cache, for example 4GiB (default: what the running requests can use, "
+        "at most 40 %% of the memory that is free after loading, and on a CPU at most 4GiB)",
+        flag="--kv-cache-memory",
+        metavar="SIZE",
+    )
+    enable_prefix_caching: bool = option(
+        True,
+        "do not keep finished prompts in the KV cache for requests that begin alike",
+        flag="--no-enable-prefix-caching",
+    )
+
+    def __post_init__(self) -> None:
+        if self.block_size < 16 or KEY_SPLIT % self.block_size:
+            raise ConfigError(f"--block-size {self.block_size}: choose 16, 32, 64, 128 or 256")
+        if self.memory is not None and parse_bytes(self.memory) <= 0:
+            raise ConfigError("--kv-cache-memory must be more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Who runs next, and how many tokens a step may hold."""
+
+    max_num_seqs: int = option(128, "sequences that run at the same time; more wait", flag="--max-num-seqs")
+    max_num_batched_tokens: int | None = option(
+        None,
+        "tokens in one step, prompts and answers together; smaller steps keep streams smoother while long prompts "
+        "are read (default: 256 on a CPU, 4096 on a GPU)",
+        flag="--max-num-batched-tokens",
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs < 1:
+            raise ConfigError(f"--max-num-seqs {self.max_num_seqs}: at least 1 sequence must run")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < 1:
+            raise ConfigError(f"--max-num-batched-tokens {self.max_num_batched_tokens}: a step needs at least 1 token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything the engine process is told; sent to it as its first message."""
+
+    model: str = field(
+        default="",
+        metadata={"help": "a folder with a checkpoint, or a Hugging Face Hub id (default: cria, the embedded model)"},
+    )
+    load_format: str = option(
+        "auto",
+        "weights to read: auto finds safetensors, then Meta's .pth; dummy makes random ones for benchmarks",
+        flag="--load-format",
+        choices=LOAD_FORMATS,
+    )
+    dtype: str = option(
+        "auto",
+        "precision of weights, activations and KV cache: auto is the checkpoint's own",
+        flag="--dtype",
+        choices=DTYPES,
+    )
+    device: str = option(
+        "auto",
+        "where the model runs: auto is a GPU where there is one, else the CPU",
+        flag="--device",
+        choices=DEVICES,
+    )
+    max_model_len: int | None = option(
+        None,
+        "longest prompt and completion together, in tokens (default: what the model was made for, "
+        "as far as the KV cache can hold one such request)",
+        flag="--max-model-len",
+    )
+    tensor_parallel_size: int = option(1, "devices that share the model", flag="--tensor-parallel-size")
+    seed: int = option(0, "base of the random seeds of requests that name none, and of dummy weights", flag="--seed")
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("load_format", LOAD_FORMATS), ("dtype", DTYPES), ("device", DEVICES)):
+            value = getattr(self, name)
+            if value not in choices:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag} {value}: choose one of {', '.join(choices)}")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"--max-model-len {self.max_model_len}: at least 1 token must fit")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; leave it at 1"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"--seed {self.seed}: the seed must fit in 64 bits")
+
+
+def replace(config: EngineConfig, **changes: Any) -> EngineConfig:
+    """A copy with some fields changed; the fields of `cache` and `scheduler` may be given by their own names."""
+    cache_names = {f.name for f in dataclasses.fields(CacheConfig)}
+    scheduler_names = {f.name for f in dataclasses.fields(SchedulerConfig)}
+    cache = {name: changes.pop(name) for name in cache_names & changes.keys()}
+    scheduler = {name: changes.pop(name) for name in scheduler_names & changes.keys()}
+    return dataclasses.replace(
+        config,
+        cache=dataclasses.replace(config.cache, **cache),
+        scheduler=dataclasses.replace(config.scheduler, **scheduler),
+        **changes,
+    )
