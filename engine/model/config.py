@@ -171,14 +171,14 @@ class LlamaConfig:
         cls,
         folder: Path,
         *,
-        vocab_size: int | None = None,
+        embedding_rows: int | None = None,
         tie_word_embeddings: bool | None = None,
         dtype: str = "bfloat16",
     ) -> LlamaConfig:
         """Reads `params.json`.
 
         The file does not say everything. Whoever has read the weights passes what they say: the rows of the embedding,
-        whether the head is tied to it, its dtype. Without them the vocabulary is that of params.json, or else of
+        whether the head is tied to it, its dtype. Without them a vocabulary that params.json leaves open is that of
         `tokenizer.model`, and the head is taken as tied for the sizes of the 3.2 1B and 3B.
 
         The rotary factor is not in the released files either: it is 32 for a tied model of the size of the 3.2 1B and
@@ -189,13 +189,13 @@ class LlamaConfig:
         Raises CheckpointNotFoundError, or CheckpointFormatError for what is damaged, missing, or not served.
         """
         params = JsonObject.read(folder / "params.json")
-        _refuse_other_meta_models(params)
+        refuse_other_meta_models(params)
         dim, layers, heads = params.integer("dim"), params.integer("n_layers"), params.integer("n_heads")
         if tie_word_embeddings is None:
             tie_word_embeddings = (dim, layers) in META_FACTOR_32
         scaled = params.flag("use_scaled_rope", default=False)
         ranks = _count_ranks(folder / "tokenizer.model")
-        vocab_size = _meta_vocab_size(params, ranks) if vocab_size is None else vocab_size
+        vocab_size = _meta_vocab_size(params, embedding_rows, ranks)
         special = vocab_size - SPECIAL_TOKENS if ranks is None else ranks
         if special < 0 or special + SPECIAL_TOKENS > vocab_size:
             raise params.error(
@@ -374,7 +374,8 @@ def _has_chat_template(folder: Path) -> bool:
     return tokenizer_config.is_file() and JsonObject.read(tokenizer_config).has("chat_template")
 
 
-def _refuse_other_meta_models(params: JsonObject) -> None:
+def refuse_other_meta_models(params: JsonObject) -> None:
+    """Raises CheckpointFormatError when `params.json` is that of a model that Pronk does not serve."""
     for key in ("vision_chunk_size", "vision_num_cross_attention_layers"):
         if params.has(key) and params.integer(key) > 0:
             raise params.error(key, "means Llama 3.2 Vision: vision models are not served yet")
@@ -406,12 +407,14 @@ def _meta_rope_scaling(params: JsonObject, *, tied_3_2: bool) -> RopeScaling:
         raise params.error("rope_scale_factor", f"cannot be used: {error}") from error
 
 
-def _meta_vocab_size(params: JsonObject, ranks: int | None) -> int:
-    """Some files say -1 and leave it to the tokenizer."""
+def _meta_vocab_size(params: JsonObject, embedding_rows: int | None, ranks: int | None) -> int:
+    """Some files say -1, or nothing, and leave it to the weights and the tokenizer."""
     if params.has("vocab_size") and params.integer("vocab_size") != -1:
         return params.integer("vocab_size")
+    if embedding_rows is not None:
+        return embedding_rows
     if ranks is None:
-        raise params.error("vocab_size", "is missing, and so is tokenizer.model, which would tell it")
+        raise params.error("vocab_size", "is not given, and tokenizer.model, which would tell it, is missing")
     return ranks + SPECIAL_TOKENS
 
 
