@@ -42,7 +42,7 @@ class CheckpointFormatError(CheckpointError):
 
 
 class TensorError(CheckpointError):
-    """A tensor is missing, unexpected, or has the wrong shape; the message names it, its file, and what was expected."""
+    """A tensor is missing, unexpected, or of the wrong shape; the message names it, its file, and what was expected."""
 
 
 class RequestError(PronkError):

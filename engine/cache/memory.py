@@ -1,0 +1,137 @@
+"""The KV cache's tensors, their layout, and the arithmetic of how many blocks fit. Knows no sequence."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pronk.engine.config import CacheConfig, parse_bytes
+from pronk.engine.errors import ConfigError
+from pronk.engine.model.config import LlamaConfig
+
+FREE_SHARE = 0.4
+CPU_DEFAULT_LIMIT = 4 << 30
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """keys[i] and values[i] belong to layer i: [blocks, KV heads, block_size, head_dim]; zero where never written."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.keys + self.values)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """How large the cache is, and how long one request may be so that it always fits."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values: 2 · layers · KV heads · head_dim · block_size · itemsize."""
+    row = config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return 2 * config.num_hidden_layers * row * block_size
+
+
+def plan_cache(
+    config: LlamaConfig,
+    cache: CacheConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    free_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int | None,
+) -> CachePlan:
+    """free_bytes: what the device has left after loading. Raises ConfigError when no useful cache fits.
+
+    Without --kv-cache-memory the cache holds max_num_seqs requests of full length if that fits into its share.
+    """
+    one_block = block_bytes(config, cache.block_size, dtype)
+    limit = max_model_len or config.max_position_embeddings
+    if limit > config.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {limit}: the model was made for at most {config.max_position_embeddings} tokens"
+        )
+    blocks_of_one = -(-limit // cache.block_size)
+    if cache.memory is not None:
+        num_blocks = parse_bytes(cache.memory) // one_block
+    else:
+        share = int(free_bytes * FREE_SHARE)
+        if device.type == "cpu":
+            share = min(share, CPU_DEFAULT_LIMIT)
+        num_blocks = min(share // one_block, max_num_seqs * blocks_of_one)
+    if num_blocks < 1:
+        raise ConfigError(f"the KV cache has no room for one block of {one_block} bytes: raise --kv-cache-memory")
+    if num_blocks < blocks_of_one:
+        fits = num_blocks * cache.block_size
+        if max_model_len is not None:
+            raise ConfigError(
+                f"--max-model-len {limit} needs {blocks_of_one * one_block} bytes of KV cache, but {num_blocks} blocks "
+                f"hold {fits} tokens: lower it, or raise --kv-cache-memory"
+            )
+        limit = fits
+    return CachePlan(num_blocks, limit)
+
+
+def allocate(
+    config: LlamaConfig, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """The tensors, zero. On a CPU their pages are taken from the system only when they are written."""
+    shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
+    tensors = [_zeros(shape, dtype, device) for _ in range(2 * config.num_hidden_layers)]
+    return KVCache(tensors[::2], tensors[1::2])
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = 1
+    for size in shape:
+        count *= size
+    # An anonymous map reads as zeros without being touched; torch.zeros would write every page at start.
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free on the device now; on a CPU what the system can give, within the container's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return min(_system_available(), _cgroup_available())
+
+
+def _system_available() -> int:
+    """Linux tells; elsewhere half of the memory is taken as free."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _cgroup_available() -> int:
+    """What the cgroup's limit leaves, version 2 or 1; without a limit, no bound."""
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        limit, usage = Path(limit_file), Path(usage_file)
+        if limit.exists() and usage.exists():
+            text = limit.read_text().strip()
+            if text != "max":
+                return max(0, int(text) - int(usage.read_text()))
+    return 1 << 62

@@ -1,0 +1,134 @@
+"""Llama, as the papers have it (Touvron et al. 2023; Grattafiori et al. 2024), over a set of kernels.
+
+Pre-norm blocks: x += attention(norm(x)), then x += mlp(norm(x)); grouped-query attention with rotary positions; SwiGLU;
+RMSNorm. Knows tensors and a paged cache; nothing of sequences, requests or sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pronk.engine.batch import Batch
+from pronk.engine.cache.memory import KVCache
+from pronk.engine.model.config import LlamaConfig
+from pronk.engine.model.rope import cos_sin_table
+from pronk.kernels.interface import Kernels, Weight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block's weights. Queries, keys and values come from one product, and so do gate and up."""
+
+    input_norm: Tensor
+    qkv: Weight
+    o: Weight
+    post_attention_norm: Tensor
+    gate_up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A loaded model. Make one with `load`."""
+
+    config: LlamaConfig
+    kernels: Kernels
+    embedding: Tensor
+    layers: list[Layer]
+    norm: Tensor
+    head: Weight
+    cos_sin: Tensor
+
+    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
+        """Write the batch's keys and values into the cache. -> float32 logits [R, V] of its logit_rows."""
+        kernels, eps = self.kernels, self.config.rms_norm_eps
+        plan = kernels.plan_attention(batch.queries, num_heads=self.config.num_attention_heads, key_cache=cache.keys[0])
+        residual = kernels.embedding(batch.token_ids, self.embedding)
+        normed = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
+        # The norm that opens a block is taken where the one before ends, together with its addition.
+        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
+        for layer, next_norm, keys, values in zip(self.layers, next_norms, cache.keys, cache.values, strict=True):
+            qkv = kernels.linear(normed, layer.qkv)
+            q = kernels.rope_and_cache(qkv, batch.positions, self.cos_sin, batch.slots, keys, values)
+            attended = kernels.linear(kernels.attention(q, keys, values, plan).flatten(1), layer.o)
+            normed, residual = kernels.add_rms_norm(attended, residual, layer.post_attention_norm, eps)
+            mlp = kernels.linear(kernels.silu_mul(kernels.linear(normed, layer.gate_up)), layer.down)
+            normed, residual = kernels.add_rms_norm(mlp, residual, next_norm, eps)
+        return kernels.linear(normed[batch.logit_rows], self.head).float()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all weights, a head that shares the embedding's counted once."""
+        tensors = [self.embedding, self.norm, self.head.data, self.cos_sin]
+        for layer in self.layers:
+            tensors += [layer.input_norm, layer.post_attention_norm]
+            tensors += [layer.qkv.data, layer.o.data, layer.gate_up.data, layer.down.data]
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+# Which products are one: the part of a name between "model.layers.N." and ".weight" -> (product, place in it).
+_PLACES = {
+    "self_attn.q_proj": ("qkv", 0),
+    "self_attn.k_proj": ("qkv", 1),
+    "self_attn.v_proj": ("qkv", 2),
+    "self_attn.o_proj": ("o", 0),
+    "mlp.gate_proj": ("gate_up", 0),
+    "mlp.up_proj": ("gate_up", 1),
+    "mlp.down_proj": ("down", 0),
+}
+_PARTS = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}
+
+
+def load(
+    config: LlamaConfig,
+    kernels: Kernels,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_positions: int,
+) -> Llama:
+    """tensors: all that the config asks for, by Hugging Face's names, in any order, each once; complete and of the
+    right shape (the checkpoint sees to that). Each is copied and packed as it comes, so the model is in memory once.
+    num_positions: how far the rotary table reaches.
+    """
+    singles: dict[str, Tensor] = {}
+    weights: dict[tuple[int, str], Weight] = {}
+    parts: dict[tuple[int, str], dict[int, Tensor]] = {}
+    for name, tensor in tensors:
+        layer, _, rest = name.removeprefix("model.layers.").partition(".")
+        place = _PLACES.get(rest.removesuffix(".weight"))
+        if place is None:
+            singles[name] = tensor.to(device, dtype, copy=True)
+            continue
+        product, index = place
+        waiting = parts.setdefault((int(layer), product), {})
+        waiting[index] = tensor
+        if len(waiting) == _PARTS[product]:
+            rows = [waiting[i].to(device, dtype) for i in range(_PARTS[product])]
+            weights[int(layer), product] = kernels.pack(torch.cat(rows))
+            del parts[int(layer), product]
+    embedding = singles["model.embed_tokens.weight"]
+    return Llama(
+        config=config,
+        kernels=kernels,
+        embedding=embedding,
+        layers=[
+            Layer(
+                input_norm=singles[f"model.layers.{i}.input_layernorm.weight"],
+                qkv=weights[i, "qkv"],
+                o=weights[i, "o"],
+                post_attention_norm=singles[f"model.layers.{i}.post_attention_layernorm.weight"],
+                gate_up=weights[i, "gate_up"],
+                down=weights[i, "down"],
+            )
+            for i in range(config.num_hidden_layers)
+        ],
+        norm=singles["model.norm.weight"],
+        head=kernels.pack(embedding if config.tie_word_embeddings else singles["lm_head.weight"]),
+        cos_sin=cos_sin_table(config, num_positions).to(device),
+    )
