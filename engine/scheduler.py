@@ -28,11 +28,8 @@ class Row:
     sequence: Sequence
     start: int
     num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches its last known token, so that its logits choose the next."""
-        return self.start + self.num_tokens == self.sequence.num_tokens
+    samples: bool
+    """Whether the step reaches its last known token, so that its logits choose the next."""
 
 
 class Scheduler:
@@ -81,10 +78,10 @@ class Scheduler:
                 break
             if sequence.status is not Status.RUNNING:  # preempted for one before it
                 continue
-            num_tokens = min(sequence.num_remaining, budget)
-            if self._make_room(sequence, sequence.num_computed + num_tokens, rows):
-                rows[sequence] = Row(sequence, sequence.num_computed, num_tokens)
-                budget -= num_tokens
+            row = _next_row(sequence, budget)
+            if self._make_room(sequence, row.start + row.num_tokens, rows):
+                rows[sequence] = row
+                budget -= row.num_tokens
         self._admit(budget, rows)
         return list(rows.values())
 
@@ -141,11 +138,17 @@ class Scheduler:
             self.waiting.popleft()
             self.cache.adopt(sequence, matched)
             sequence.num_cached = max(sequence.num_cached, min(sequence.num_computed, sequence.num_prompt))
-            num_tokens = min(sequence.num_remaining, budget)
-            if not self.cache.grow(sequence, sequence.num_computed + num_tokens):
+            row = _next_row(sequence, budget)
+            if not self.cache.grow(sequence, row.start + row.num_tokens):
                 raise SchedulingError(f"request {sequence.request_id} does not fit into an empty cache")
             sequence.status = Status.RUNNING
             self.running.append(sequence)
-            rows[sequence] = Row(sequence, sequence.num_computed, num_tokens)
-            budget -= num_tokens
+            rows[sequence] = row
+            budget -= row.num_tokens
             reserved += max(0, self.cache.blocks_for(sequence.num_tokens) - len(sequence.block_table))
+
+
+def _next_row(sequence: Sequence, budget: int) -> Row:
+    """As many of the sequence's remaining tokens as the budget allows."""
+    num_tokens = min(sequence.num_remaining, budget)
+    return Row(sequence, sequence.num_computed, num_tokens, samples=num_tokens == sequence.num_remaining)
