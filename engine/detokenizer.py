@@ -32,8 +32,12 @@ class Detokenizer:
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
-        """Raises InvalidParameterError for an empty stop string."""
+        """min_tokens: a stop string that is complete before the completion has so many tokens is ordinary text.
+
+        Raises InvalidParameterError for an empty stop string.
+        """
         if not all(stop):
             raise InvalidParameterError("A stop string must not be empty.", param="stop")
         self._vocabulary = vocabulary
@@ -41,6 +45,8 @@ class Detokenizer:
         self._include_stop = include_stop_str_in_output
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matchers = [_StopMatcher(text) for text in stop]
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
         self._held = ""
         self._finished = False
         self._stopped: str | None = None
@@ -57,7 +63,10 @@ class Detokenizer:
         """
         if self._finished:
             raise ValueError("This completion is finished; use a new Detokenizer for the next one.")
-        shown = [self._advance(self._decoder.decode(self._bytes(token_id))) for token_id in token_ids]
+        shown = []
+        for token_id in token_ids:
+            self._num_tokens += 1
+            shown.append(self._advance(self._decoder.decode(self._bytes(token_id))))
         return "".join(shown)
 
     def finish(self) -> str:
@@ -83,7 +92,7 @@ class Detokenizer:
         text = self._held + new
         for place, character in enumerate(new, start=len(self._held) + 1):
             complete = [matcher.stop for matcher in self._matchers if matcher.advance(character)]
-            if complete:
+            if complete and self._num_tokens >= self._min_tokens:
                 self._stopped = max(complete, key=len)
                 self._held = ""
                 return text[:place] if self._include_stop else text[: place - len(self._stopped)]
@@ -105,9 +114,12 @@ class _StopMatcher:
             self._fallback[place] = self._longer(self._fallback[place - 1], stop[place])
 
     def advance(self, character: str) -> bool:
-        """Take one character; true when it completes the stop string, after which the matcher is of no further use."""
+        """Take one character; true when it completes the stop string. What may begin anew with it stays matched."""
         self.matched = self._longer(self.matched, character)
-        return self.matched == len(self.stop)
+        if self.matched < len(self.stop):
+            return False
+        self.matched = self._fallback[-1]
+        return True
 
     def _longer(self, matched: int, character: str) -> int:
         while matched and self.stop[matched] != character:

@@ -195,3 +195,23 @@ def test_a_long_stop_string_that_is_nearly_there_is_released() -> None:
     assert detokenizer.feed([ord("a")] * 60_000) == "a" * 40_000
     assert detokenizer.feed([ord("b")]) == ""
     assert detokenizer.stopped == stop
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "text", "stopped"),
+    [(0, "x", "ab"), (3, "x", "ab"), (4, "xab", "ab"), (5, "xab", "ab"), (6, "xababc", None)],
+)
+def test_a_stop_string_does_not_count_before_min_tokens(min_tokens: int, text: str, stopped: str | None) -> None:
+    """Tokens: x a b a b c; "ab" is complete with the third and with the fifth."""
+    for cut in range(7):
+        detokenizer = Detokenizer(VOCABULARY, stop=["ab"], min_tokens=min_tokens)
+        ids = list(b"xababc")
+        shown = detokenizer.feed(ids[:cut]) + detokenizer.feed(ids[cut:]) + detokenizer.finish()
+        assert (shown, detokenizer.stopped) == (text, stopped)
+
+
+def test_a_stop_string_that_did_not_count_is_not_held_back() -> None:
+    detokenizer = Detokenizer(VOCABULARY, stop=["aa"], min_tokens=3)
+    assert detokenizer.feed(b"a") == ""
+    assert detokenizer.feed(b"a") == "a"  # the second may still be the first of another
+    assert detokenizer.feed(b"b") == "ab"
