@@ -10,6 +10,7 @@ import base64
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -48,7 +49,7 @@ SAMPLE = (
     "the llama that pronks is a happy llama, and they're the ones we'll follow; don't run, don't shout, it's theirs. "
     "Whoever asks token by token, to decide when to stop, and whoever asks in larger steps, to send text, must agree. "
     "12 345 6789 l'été déjà naïve 中文字符 中文 日本語 नमस्ते 🦙🦙   \n\n  def f(x):\n        return x + 1\r\n\r\n"
-    "\t\tHELLO Hello hello "
+    "\t\tHELLO Hello hello                 \t\t\t\t\t\n\n\n\n\xa0\xa0\xa0\xa0\n   \n   \n"
 )
 NUM_MERGES = 150
 NUM_RANKS = 256 + NUM_MERGES
@@ -68,7 +69,7 @@ def merged(tokens: Sequence[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
 def small_ranks() -> tuple[bytes, ...]:
     """256 bytes in an order of their own, and NUM_MERGES merges of the most frequent pair in SAMPLE."""
     ranks = [bytes([(byte * 7 + 3) % 256]) for byte in range(256)]
-    words = [[bytes([byte]) for byte in word.encode()] for word in SAMPLE.replace(" ", "\0 ").split("\0")]
+    words = [[bytes([byte]) for byte in word.encode()] for word in re.findall(r" ?\S+|\s+", SAMPLE)]
     for _ in range(NUM_MERGES):
         pairs = Counter(pair for word in words for pair in itertools.pairwise(word))
         best = max((pair for pair in pairs if b"".join(pair) not in ranks), key=lambda pair: (pairs[pair], pair))
@@ -260,10 +261,13 @@ def as_one_piece(text: str) -> list[int]:
 
 
 def test_four_million_spaces() -> None:
-    spaces = " " * 4_000_000
+    """More than tiktoken's pattern matching survives; the longest token of spaces here has eight."""
+    assert small_tokenizer().encode(" " * 4_000_000) == [small_ranks().index(b" " * 8)] * 500_000
+
+
+def test_a_run_that_tiktoken_does_not_survive_before_a_word() -> None:
     tokenizer = small_tokenizer()
-    assert tokenizer.encode(spaces) == as_one_piece(spaces)
-    assert tokenizer.encode(spaces + "x") == [*as_one_piece(spaces[1:]), *tokenizer.encode(" x")]
+    assert tokenizer.encode(" " * 1_000_003 + "x") == [*as_one_piece(" " * 1_000_002), *tokenizer.encode(" x")]
 
 
 WHITESPACE_HEAVY = st.lists(st.text(st.sampled_from("  \t\xa0\n\r"), max_size=9) | st.sampled_from("x1!é"), max_size=9)
