@@ -50,8 +50,7 @@ LABEL org.opencontainers.image.title="Pronk" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# A name for the uid: some libraries ask for one. Its home is all that the server writes to: downloaded checkpoints and
-# compiled Triton kernels (not under /tmp, which is often mounted noexec).
+# A name for the uid: some libraries ask for one. Its home is all that the server writes to.
 RUN echo 'pronk:x:10001:10001:Pronk:/var/lib/pronk:/usr/sbin/nologin' >> /etc/passwd && \
     echo 'pronk:x:10001:' >> /etc/group && \
     mkdir -p /var/lib/pronk && chown 10001:10001 /var/lib/pronk
@@ -60,7 +59,6 @@ COPY --from=build /opt/pronk /opt/pronk
 ENV PATH=/opt/pronk/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/var/lib/pronk/huggingface \
-    TRITON_CACHE_DIR=/var/lib/pronk/triton \
     PRONK_HOST=0.0.0.0 \
     PRONK_PORT=8000
 
