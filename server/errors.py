@@ -1,0 +1,120 @@
+"""Errors -> OpenAI's error bodies and status codes: one table for what the engine raises, one class for what HTTP adds.
+
+Knows no route and no field. Every body that says no has this shape, also when the path, the method or the key is wrong:
+`{"error": {"message", "type", "param", "code"}}`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from pronk.engine.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    EngineDeadError,
+    EngineDrainingError,
+    EngineStartError,
+    InvalidParameterError,
+    NonFiniteLogitsError,
+    PronkError,
+    RequestError,
+)
+
+INVALID_REQUEST = "invalid_request_error"
+SERVER_ERROR = "server_error"
+RETRY_AFTER_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one kind of error is told to a client.
+
+    reason: the `reason` label in `request_rejections_total`; empty: the error is not a refusal but a failure.
+    retry_after: seconds after which trying again makes sense; None: it does not.
+    """
+
+    status: int
+    type: str
+    code: str | None
+    reason: str = "invalid"
+    retry_after: int | None = None
+
+
+class APIError(PronkError):
+    """A request that is refused before the engine sees it, for a reason that only HTTP or OpenAI's protocol knows."""
+
+    def __init__(self, message: str, answer: Answer, param: str | None = None) -> None:
+        super().__init__(message)
+        self.answer = answer
+        self.param = param
+
+
+class NotReadyError(PronkError):
+    """The model is still loading."""
+
+
+class RequestFailedError(PronkError):
+    """The engine gave up this one request."""
+
+
+BAD_JSON = Answer(400, INVALID_REQUEST, "invalid_json")
+INVALID_TYPE = Answer(400, INVALID_REQUEST, "invalid_type")
+INVALID_VALUE = Answer(400, INVALID_REQUEST, "invalid_value")
+MISSING = Answer(400, INVALID_REQUEST, "missing_required_parameter")
+UNKNOWN_PARAMETER = Answer(400, INVALID_REQUEST, "unknown_parameter")
+UNSUPPORTED = Answer(400, INVALID_REQUEST, "unsupported_parameter")
+WRONG_KEY = Answer(401, INVALID_REQUEST, "invalid_api_key", reason="auth")
+UNKNOWN_MODEL = Answer(404, INVALID_REQUEST, "model_not_found")
+UNKNOWN_ROUTE = Answer(404, INVALID_REQUEST, "unknown_url")
+WRONG_METHOD = Answer(405, INVALID_REQUEST, "method_not_allowed")
+BODY_TOO_LARGE = Answer(413, INVALID_REQUEST, "body_too_large", reason="body_too_large")
+BODY_TIMEOUT = Answer(408, INVALID_REQUEST, "body_timeout")
+OTHER_REFUSAL = Answer(400, INVALID_REQUEST, None)
+INTERNAL = Answer(500, SERVER_ERROR, "internal_error", reason="")
+
+# The most special class wins: a class that is not listed is answered as its nearest listed base.
+ANSWERS: dict[type[PronkError], Answer] = {
+    PronkError: INTERNAL,
+    RequestError: INVALID_VALUE,
+    InvalidParameterError: INVALID_VALUE,
+    ContextLengthError: Answer(400, INVALID_REQUEST, "context_length_exceeded", reason="context_length"),
+    NonFiniteLogitsError: Answer(500, SERVER_ERROR, "nonfinite_logits", reason=""),
+    RequestFailedError: Answer(500, SERVER_ERROR, "request_failed", reason=""),
+    NotReadyError: Answer(503, SERVER_ERROR, "loading", reason="loading", retry_after=RETRY_AFTER_SECONDS),
+    EngineDrainingError: Answer(503, SERVER_ERROR, "draining", reason="draining", retry_after=RETRY_AFTER_SECONDS),
+    EngineDeadError: Answer(503, SERVER_ERROR, "engine_down", reason="engine_down", retry_after=RETRY_AFTER_SECONDS),
+    EngineStartError: Answer(503, SERVER_ERROR, "engine_down", reason="engine_down"),
+    CheckpointError: Answer(503, SERVER_ERROR, "engine_down", reason="engine_down"),
+    ConfigError: Answer(503, SERVER_ERROR, "engine_down", reason="engine_down"),
+}
+
+
+def answer_of(error: PronkError) -> Answer:
+    """How to tell `error`."""
+    if isinstance(error, APIError):
+        return error.answer
+    return next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
+
+
+def error_body(message: str, answer: Answer, param: str | None = None) -> bytes:
+    """-> OpenAI's error object as JSON."""
+    error = {"message": message, "type": answer.type, "param": param, "code": answer.code}
+    return msgspec.json.encode({"error": error})
+
+
+def body_of(error: PronkError) -> bytes:
+    """-> what a client reads about `error`. Only what was raised on purpose is shown: a message may name a field."""
+    return error_body(str(error), answer_of(error), getattr(error, "param", None))
+
+
+def headers_of(answer: Answer) -> dict[str, str]:
+    """-> the headers that come with `answer`, beside the content type."""
+    headers = {}
+    if answer.retry_after is not None:
+        headers["retry-after"] = str(answer.retry_after)
+    if answer.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return headers

@@ -1,0 +1,84 @@
+"""From a config to a ServedModel: find the files, start the engine, and read the tokenizer meanwhile.
+
+Knows which parts a model is made of; nothing of HTTP, of signals or of what is printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pronk.engine
+from pronk.engine.client import AsyncEngine
+from pronk.engine.config import EngineConfig, replace
+from pronk.engine.model.config import GenerationDefaults, load_generation_defaults
+from pronk.engine.tokenizer import Tokenizer, Vocabulary
+from pronk.engine.weights.hub import resolve_model
+from pronk.engine.wire import Progress
+from pronk.server.chat.template import ChatTemplate, normalise, read_chat_template, template_family
+from pronk.server.config import EMBEDDED_MODEL
+from pronk.server.service import ServedModel
+
+T = TypeVar("T")
+Render = Callable[[Sequence[Mapping[str, Any]]], list[int]]
+
+
+async def load_model(config: EngineConfig, on_progress: Callable[[Progress], None]) -> ServedModel:
+    """-> a model that can make tokens. Raises CheckpointError and its kinds, ConfigError, EngineStartError.
+
+    When it is cancelled, the engine's process is gone before it returns.
+    """
+    folder = await _in_thread(
+        lambda: resolve_model(config.model or str(embedded_folder()), load_format=config.load_format)
+    )
+    starting = asyncio.create_task(
+        AsyncEngine.start(replace(config, model=str(folder)), on_progress=on_progress), name="engine-start"
+    )
+    try:
+        vocabulary, render, defaults = await _in_thread(lambda: read_text_side(folder))
+        engine = await starting
+    except BaseException:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        raise
+    return ServedModel(engine=engine, vocabulary=vocabulary, render=render, defaults=defaults)
+
+
+def embedded_folder() -> Path:
+    """Where the model that comes with Pronk lies."""
+    return Path(pronk.engine.__path__[0]) / EMBEDDED_MODEL
+
+
+def read_text_side(folder: Path) -> tuple[Vocabulary, Render, GenerationDefaults]:
+    """What the server's process needs of a checkpoint: no weights. Raises CheckpointError."""
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate(tokenizer, template_family(read_chat_template(folder)))
+
+    def render(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return template.render(normalise(messages))
+
+    return tokenizer.vocabulary, render, load_generation_defaults(folder)
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Like asyncio.to_thread, but nobody waits for the thread when the process ends: a download cannot be cancelled."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(setter: Callable[[Any], None], value: object) -> None:
+        if not result.done():
+            setter(value)
+
+    def run() -> None:
+        try:
+            value = work()
+        except BaseException as error:  # noqa: BLE001  handed over whole to whoever waits
+            loop.call_soon_threadsafe(settle, result.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(settle, result.set_result, value)
+
+    threading.Thread(target=run, name="loading", daemon=True).start()
+    return await result

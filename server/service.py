@@ -1,0 +1,107 @@
+"""Service: what is served and whether it can be asked, from the first second of the process to its last.
+
+loading -> ready -> draining, and failed from any of them when the engine is gone. Knows the engine by its face only
+(`Engine`), and neither HTTP nor how a model is loaded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from pronk.engine.errors import EngineDeadError, EngineDrainingError, PronkError
+from pronk.engine.model.config import GenerationDefaults
+from pronk.engine.request import Output, Request
+from pronk.engine.tokenizer import Vocabulary
+from pronk.engine.wire import EngineInfo, EngineStats, Step
+from pronk.server.errors import NotReadyError
+
+
+class Engine(Protocol):
+    """What the server asks of pronk.engine.client.AsyncEngine."""
+
+    info: EngineInfo
+    stats: EngineStats
+    error: EngineDeadError | None
+
+    def generate(self, request: Request) -> AsyncIterator[Output]: ...
+
+    def add_stats_listener(self, listener: Callable[[Step], None], /) -> None: ...
+
+    async def drain(self, seconds: float, /) -> bool: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model with everything that turns messages into tokens and tokens into text."""
+
+    engine: Engine
+    vocabulary: Vocabulary
+    render: Callable[[Sequence[dict[str, Any]]], list[int]]
+    """Messages, as OpenAI's API spells them, to the prompt's token ids. Raises InvalidParameterError."""
+    defaults: GenerationDefaults
+    created: int = field(default_factory=lambda: int(time.time()))
+    """When it was loaded, in seconds since 1970."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return frozenset(self.engine.info.eos_token_ids)
+
+
+class Phase(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Service:
+    """The one thing that changes in a server's life; every route is handed it."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        """names: those that clients may ask for the model by; answers carry the first."""
+        self.names = names
+        self.model: ServedModel | None = None
+        self._draining = False
+        self._failure: PronkError | None = None
+
+    @property
+    def phase(self) -> Phase:
+        if self.failure is not None:
+            return Phase.FAILED
+        if self._draining:
+            return Phase.DRAINING
+        return Phase.LOADING if self.model is None else Phase.READY
+
+    @property
+    def failure(self) -> PronkError | None:
+        """Why nobody can be served any more."""
+        return self.model.engine.error if self.model is not None and self.model.engine.error else self._failure
+
+    def ready(self, model: ServedModel) -> None:
+        """The engine has made its first token."""
+        self.model = model
+
+    def fail(self, error: PronkError) -> None:
+        """The engine did not come up."""
+        self._failure = error
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        self._draining = True
+
+    def require(self) -> ServedModel:
+        """-> the model, when it can be asked. Raises NotReadyError, EngineDrainingError, or why it failed."""
+        failure = self.failure
+        if failure is not None:
+            raise failure
+        if self._draining:
+            raise EngineDrainingError("The server is shutting down: send the request to another one, or again later.")
+        if self.model is None:
+            raise NotReadyError("The model is still loading: try again in a few seconds.")
+        return self.model

@@ -1,0 +1,35 @@
+"""What the server's tests share: a client of an application over a fake engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from pronk.server.app import create_app
+from pronk.server.config import ServerConfig
+from pronk.server.service import Service
+
+from .fakes import Client, FakeEngine, served
+
+Connect = Callable[..., Client]
+
+
+@pytest.fixture
+def connect() -> Connect:
+    """`connect(engine, ready=True, defaults={}, **config)` -> a client of a new application."""
+
+    def make(
+        engine: FakeEngine | None = None, *, ready: bool = True, defaults: Mapping[str, Any] = {}, **config: Any
+    ) -> Client:
+        engine = engine or FakeEngine()
+        settings = ServerConfig(**{"served_model_names": ("tiny", "meta/tiny"), **config})
+        service = Service(settings.model_names)
+        app = create_app(service, settings)
+        if ready:
+            app.state.metrics.watch(engine)
+            service.ready(served(engine, **defaults))
+        return Client(app, service, engine)
+
+    return make
