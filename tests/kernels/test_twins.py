@@ -1,0 +1,318 @@
+"""Every operation of every kernel set against its definition, run in float64, within bounds derived in
+`pronk.kernels.cases`; and the definition against torch's and transformers' own.
+
+Whatever an operation allocates and does not write reads as NaN here, and so does every place of a cache that no
+sequence holds: neither may reach a result.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pronk.kernels import cases, cpu, for_device, reference
+from pronk.kernels.cases import AttentionCase, AttentionInputs, LinearCase, RopeCase, RowsCase
+from pronk.kernels.interface import Kernels
+
+SETS = {"cpu": cpu, "reference": reference}
+"""`reference` in the case's dtype is held to the same bounds: it is what runs where no faster set does."""
+
+each_set = pytest.mark.parametrize("kernels", SETS.values(), ids=SETS.keys())
+each_dtype = pytest.mark.parametrize("dtype", cases.DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def each(table: tuple[object, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", table, ids=lambda case: case.name)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan() -> Iterator[None]:
+    """torch fills what it allocates with NaN in this mode."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
+    """actual in a working dtype; expected and bound in float64, of the same shape."""
+    assert actual.shape == expected.shape == bound.shape
+    error = (actual.double() - expected).abs()
+    outside = ~(error <= bound)  # a NaN is outside too
+    if outside.any():
+        worst = (error / bound).nan_to_num(torch.inf).argmax()
+        place = [int(index) for index in torch.unravel_index(worst, error.shape)]
+        pytest.fail(
+            f"{int(outside.sum())} of {error.numel()} elements are outside; at {place}: {actual.flatten()[worst]} "
+            f"instead of {expected.flatten()[worst]}, off by {error.flatten()[worst]:.3g}, "
+            f"allowed {bound.flatten()[worst]:.3g}"
+        )
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal, NaN for NaN."""
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@each_set
+@each_dtype
+@each(cases.LINEAR)
+def test_linear(kernels: Kernels, case: LinearCase, dtype: torch.dtype) -> None:
+    x, weight = cases.linear_inputs(case, dtype, seed=1)
+    kept = x.clone()
+    packed = kernels.pack(weight)
+    assert (packed.out_features, packed.in_features) == (case.out_features, case.in_features)
+    assert packed.nbytes >= weight.numel()
+    actual = kernels.linear(x, packed)
+    expected = x.double() @ weight.double().t()
+    assert actual.dtype == dtype
+    assert_within(actual, expected, cases.linear_bound(x, weight, expected, dtype))
+    assert torch.equal(x, kept)
+
+
+@each_set
+@each_dtype
+@each(cases.ROWS)
+def test_embedding(kernels: Kernels, case: RowsCase, dtype: torch.dtype) -> None:
+    source = cases.generator(2)
+    table = cases.normal(source, 50, case.width, dtype=dtype)
+    ids = torch.randint(50, (case.num_rows,), generator=source)
+    ids[0] = 49
+    expected = torch.stack([table[int(index)] for index in ids])
+    assert torch.equal(kernels.embedding(ids, table), expected)
+
+
+@each_set
+@each_dtype
+@each(cases.ROWS)
+def test_rms_norm(kernels: Kernels, case: RowsCase, dtype: torch.dtype) -> None:
+    source = cases.generator(3)
+    x = cases.normal(source, case.num_rows, case.width, dtype=dtype) * 3
+    weight = cases.normal(source, case.width, dtype=dtype)
+    kept = x.clone()
+    expected = reference.rms_norm(x.double(), weight.double(), cases.EPS)
+    actual = kernels.rms_norm(x, weight, cases.EPS)
+    assert actual.dtype == dtype
+    assert_within(actual, expected, cases.norm_bound(expected, dtype))
+    assert torch.equal(x, kept)
+
+
+@each_set
+@each_dtype
+@pytest.mark.parametrize("scale", [0.0, 1e-4, 1e4])
+def test_rms_norm_of_small_and_large_rows(kernels: Kernels, dtype: torch.dtype, scale: float) -> None:
+    """With eps, a row of zeros gives zeros; squares that float16 cannot hold are taken in float32."""
+    x = (cases.normal(cases.generator(4), 3, 64, dtype=torch.float32) * scale).to(dtype)
+    weight = torch.ones(64, dtype=dtype)
+    expected = reference.rms_norm(x.double(), weight.double(), cases.EPS)
+    assert_within(kernels.rms_norm(x, weight, cases.EPS), expected, cases.norm_bound(expected, dtype))
+
+
+@each_set
+@each_dtype
+@each(cases.ROWS)
+def test_add_rms_norm(kernels: Kernels, case: RowsCase, dtype: torch.dtype) -> None:
+    source = cases.generator(5)
+    x = cases.normal(source, case.num_rows, case.width, dtype=dtype)
+    residual = cases.normal(source, case.num_rows, case.width, dtype=dtype) * 10
+    weight = cases.normal(source, case.width, dtype=dtype)
+    kept = x.clone(), residual.clone()
+    normed, total = kernels.add_rms_norm(x, residual, weight, cases.EPS)
+    assert normed.dtype == total.dtype == dtype
+    exact = x.double() + residual.double()
+    assert_within(total, exact, cases.rounded(exact, torch.zeros_like(exact), dtype))
+    # The norm is of the sum as it was rounded.
+    expected = reference.rms_norm(total.double(), weight.double(), cases.EPS)
+    assert_within(normed, expected, cases.norm_bound(expected, dtype))
+    assert torch.equal(x, kept[0])
+    assert torch.equal(residual, kept[1])
+
+
+@each_set
+@each_dtype
+@each(cases.ROWS)
+def test_silu_mul(kernels: Kernels, case: RowsCase, dtype: torch.dtype) -> None:
+    source = cases.generator(6)
+    gate_up = cases.normal(source, case.num_rows, 2 * case.width, dtype=dtype) * 4
+    kept = gate_up.clone()
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = gate * torch.sigmoid(gate) * up
+    actual = kernels.silu_mul(gate_up)
+    assert actual.dtype == dtype
+    assert_within(actual, expected, cases.silu_mul_bound(expected, up, dtype))
+    assert torch.equal(gate_up, kept)
+
+
+@each_set
+@each_dtype
+def test_silu_mul_far_from_zero(kernels: Kernels, dtype: torch.dtype) -> None:
+    """No overflow in between makes a NaN."""
+    gate = torch.tensor([-1e4, -200.0, -89.0, -88.0, -17.0, -1e-3, 0.0, 1e-3, 17.0, 88.0, 89.0, 200.0, 1e4])
+    gate_up = torch.cat([gate, torch.full_like(gate, -1.5)]).to(dtype).unsqueeze(0)
+    wide_gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = wide_gate * torch.sigmoid(wide_gate) * up
+    assert_within(kernels.silu_mul(gate_up), expected, cases.silu_mul_bound(expected, up, dtype))
+
+
+@each_set
+@each_dtype
+@each(cases.ROPE)
+def test_rope_and_cache(kernels: Kernels, case: RopeCase, dtype: torch.dtype) -> None:
+    inputs = cases.rope_inputs(case, dtype, seed=7)
+    heads = case.heads
+    key_cache, value_cache = (torch.full(inputs.cache_shape, torch.nan, dtype=dtype) for _ in range(2))
+    kept = inputs.qkv.clone()
+    actual = kernels.rope_and_cache(inputs.qkv, inputs.positions, inputs.cos_sin, inputs.slots, key_cache, value_cache)
+    assert torch.equal(inputs.qkv, kept)
+    assert actual.dtype == dtype
+
+    parts = inputs.qkv.view(case.num_tokens, -1, heads.head_dim)
+    q, k, v = parts.split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1)
+    table = inputs.cos_sin[inputs.positions]
+    expected = turned(q, table)
+    assert_within(actual, expected, cases.rope_bound(q, table, expected, dtype))
+
+    blocks, places = inputs.slots // case.block_size, inputs.slots % case.block_size
+    expected = turned(k, table)
+    assert_within(key_cache[blocks, :, places], expected, cases.rope_bound(k, table, expected, dtype))
+    assert torch.equal(value_cache[blocks, :, places], v)
+    for cache in (key_cache, value_cache):
+        cache[blocks, :, places] = torch.nan
+        assert cache.isnan().all(), "a place that no slot names was written"
+
+
+def turned(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Pairs (i, i + D/2) as complex numbers, turned by multiplication: another way to the same rotation."""
+    first, second = x.double().chunk(2, dim=-1)
+    cos, sin = cos_sin.double().unsqueeze(1).chunk(2, dim=-1)
+    product = torch.complex(first, second) * torch.complex(cos, sin)
+    return torch.cat([product.real, product.imag], dim=-1)
+
+
+@each_set
+@each_dtype
+@each(cases.ATTENTION)
+def test_attention(kernels: Kernels, case: AttentionCase, dtype: torch.dtype) -> None:
+    inputs = cases.attention_inputs(case, dtype, seed=8)
+    kept = inputs.q.clone(), inputs.key_cache.clone(), inputs.value_cache.clone()
+    actual = attend(kernels, inputs)
+    expected = definition(inputs)
+    assert actual.dtype == dtype
+    assert_within(actual, expected, cases.attention_bound(inputs, expected, dtype))
+    assert torch.equal(inputs.q, kept[0])
+    assert same_bits(inputs.key_cache, kept[1])
+    assert same_bits(inputs.value_cache, kept[2])
+
+
+@each(cases.ATTENTION)
+def test_the_definition_of_attention_is_torchs(case: AttentionCase) -> None:
+    inputs = cases.attention_inputs(case, torch.float64, seed=8)
+    torch.testing.assert_close(definition(inputs), dense_attention(inputs), rtol=1e-12, atol=1e-12)
+
+
+@each_set
+def test_attention_takes_no_other_sets_plan(kernels: Kernels) -> None:
+    inputs = cases.attention_inputs(cases.ATTENTION[0], torch.float32, seed=8)
+    with pytest.raises(TypeError, match="another kernel set"):
+        kernels.attention(inputs.q, inputs.key_cache, inputs.value_cache, object())
+
+
+def attend(kernels: Kernels, inputs: AttentionInputs) -> Tensor:
+    plan = kernels.plan_attention(inputs.queries, num_heads=inputs.q.shape[1], key_cache=inputs.key_cache)
+    return kernels.attention(inputs.q, inputs.key_cache, inputs.value_cache, plan)
+
+
+def definition(inputs: AttentionInputs) -> Tensor:
+    """The reference in float64 on the same numbers."""
+    plan = reference.plan_attention(inputs.queries, num_heads=inputs.q.shape[1], key_cache=inputs.key_cache)
+    return reference.attention(inputs.q.double(), inputs.key_cache.double(), inputs.value_cache.double(), plan)
+
+
+def dense_attention(inputs: AttentionInputs) -> Tensor:
+    """torch's own, sequence by sequence, on keys and values that never were in blocks."""
+    outputs = []
+    pieces = zip(inputs.q.split(inputs.queries.lens.tolist()), inputs.keys, inputs.values, strict=True)
+    for q, keys, values in pieces:
+        num_keys = keys.shape[1]
+        visible = torch.ones(num_keys, num_keys, dtype=torch.bool).tril()[num_keys - len(q) :]
+        attended = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys[None], values[None], attn_mask=visible, enable_gqa=True
+        )
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_definition_of_rope_is_transformers(head_dim: int, dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    case = RopeCase("", cases.Heads(head_dim, 2, 3), 16, 33)
+    inputs = cases.rope_inputs(case, dtype, seed=9)
+    key_cache, value_cache = (torch.zeros(inputs.cache_shape, dtype=dtype) for _ in range(2))
+    q = reference.rope_and_cache(inputs.qkv, inputs.positions, inputs.cos_sin, inputs.slots, key_cache, value_cache)
+    cos, sin = inputs.cos_sin[inputs.positions].to(dtype).chunk(2, dim=-1)
+    theirs_q, theirs_k = apply_rotary_pos_emb(
+        inputs.qkv[:, : 6 * head_dim].view(1, 33, 6, head_dim),
+        inputs.qkv[:, 6 * head_dim : 8 * head_dim].view(1, 33, 2, head_dim),
+        torch.cat([cos, cos], dim=-1)[None],
+        torch.cat([sin, sin], dim=-1)[None],
+        unsqueeze_dim=2,
+    )
+    assert torch.equal(q, theirs_q[0])
+    assert torch.equal(key_cache[inputs.slots // 16, :, inputs.slots % 16], theirs_k[0])
+
+
+@each_dtype
+def test_the_definition_of_rms_norm_is_transformers(dtype: torch.dtype) -> None:
+    """To the bit, in every dtype: this is also where the rounding before the weight is held."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    source = cases.generator(10)
+    x = cases.normal(source, 33, 96, dtype=dtype)
+    theirs = LlamaRMSNorm(96, eps=cases.EPS).to(dtype)
+    with torch.no_grad():
+        theirs.weight.copy_(cases.normal(source, 96, dtype=dtype))
+        assert torch.equal(reference.rms_norm(x, theirs.weight, cases.EPS), theirs(x))
+
+
+@each_dtype
+def test_silu_mul_is_transformers_mlp_gate(dtype: torch.dtype) -> None:
+    """Hugging Face rounds silu(gate) before the product; ours is rounded once, so it is as near or nearer."""
+    gate_up = cases.normal(cases.generator(11), 33, 2 * 96, dtype=dtype)
+    gate, up = gate_up.chunk(2, dim=-1)
+    theirs = (F.silu(gate) * up).double()
+    expected = gate.double() * torch.sigmoid(gate.double()) * up.double()
+    ours = reference.silu_mul(gate_up).double()
+    assert (ours - expected).norm() <= (theirs - expected).norm() * 1.01
+    torch.testing.assert_close(ours, theirs, rtol=4 * cases.roundoff(dtype), atol=1e-6)
+
+
+@each_set
+def test_a_set_has_every_operation(kernels: Kernels) -> None:
+    """mypy holds the types; this holds the names and the way they are called, in a running program."""
+    operations = {name: member for name, member in vars(Kernels).items() if not name.startswith("_")}
+    assert "attention" in operations
+    for name, declared in operations.items():
+        ours = inspect.signature(getattr(kernels, name)).parameters.values()
+        declared_parameters = list(inspect.signature(declared).parameters.values())[1:]
+        assert [(p.name, p.kind) for p in ours] == [(p.name, p.kind) for p in declared_parameters], name
+
+
+@each_set
+def test_a_set_describes_itself(kernels: Kernels) -> None:
+    for dtype in cases.DTYPES:
+        assert kernels.describe(dtype)
+
+
+def test_a_device_has_its_set() -> None:
+    assert for_device("cpu") is cpu
+    assert for_device("cuda") is reference
+    with pytest.raises(ValueError, match="choose cpu or cuda"):
+        for_device("tpu")
