@@ -7,6 +7,7 @@ needs the model says 503 until `service` is ready.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -20,19 +21,26 @@ from pronk.server.config import ServerConfig
 from pronk.server.envelope import Envelope
 from pronk.server.errors import OTHER_REFUSAL, UNKNOWN_ROUTE, WRONG_METHOD, APIError, body_of
 from pronk.server.metrics import Metrics
+from pronk.server.protocol.common import hoist_definitions
 from pronk.server.routes import chat, health, metrics, models
 from pronk.server.service import Service
 
 
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        return hoist_definitions(super().openapi())
+
+
 def create_app(service: Service, config: ServerConfig, *, registry: CollectorRegistry | None = None) -> FastAPI:
     """registry: where the metrics are registered; a new one by default. -> the ASGI application."""
-    app = FastAPI(
+    app = _Application(
         title="Pronk",
         version=pronk.__version__,
         description="OpenAI's API for the Llama 3.2 family.",
         # Their pages load scripts from elsewhere; the description itself stays at /openapi.json.
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     app.state.config = config

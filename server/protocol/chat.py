@@ -10,13 +10,15 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from pronk.engine.errors import InvalidParameterError
 from pronk.engine.model.config import GenerationDefaults
-from pronk.engine.request import MAX_LOGPROBS, SamplingParams
+from pronk.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from pronk.server.errors import INVALID_VALUE, APIError
 from pronk.server.protocol.common import Body, StreamOptions, refuse
 
+MAX_ITEMS = 2048
 NOT_YET = "is not supported yet"
 
 WITHOUT_EFFECT: Mapping[str, str] = {
@@ -66,11 +68,24 @@ Part = Annotated[
     Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")] | Annotated[OtherPart, Tag("other")],
     Discriminator(_kind_of_part),
 ]
-Parts = Annotated[list[Part], Field(min_length=1)]
+# fail_fast: of a million faults in one list, one is told, and only one is looked for.
+# max_length: many more than anybody writes, and few enough to be looked at while other streams wait.
+Strings = Annotated[list[str], Field(fail_fast=True)]
+Parts = Annotated[list[Part], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
 Content = Annotated[
     Annotated[str, Tag("string")] | Annotated[Parts, Tag("parts")],
     Discriminator(_kind_of_content),
 ]
+
+
+def _few_biases(value: Any) -> Any:
+    # Looked at before each of a million entries is.
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise InvalidParameterError(f"logit_bias may name at most {MAX_LOGIT_BIAS} tokens", "logit_bias")
+    return value
+
+
+Bias = Annotated[dict[str, float], BeforeValidator(_few_biases)]
 
 
 class FunctionCall(Body):
@@ -130,7 +145,9 @@ class ResponseFormat(Body):
 
 
 class ChatCompletionRequest(Body):
-    messages: Annotated[list[Message], Field(min_length=1)] = Field(description="The conversation so far.")
+    messages: list[Message] = Field(
+        min_length=1, max_length=MAX_ITEMS, fail_fast=True, description="The conversation so far."
+    )
     model: str = Field(description="One of the names that GET /v1/models lists.")
     stream: bool = Field(False, description="Send the answer as server-sent events while it is made.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
@@ -142,11 +159,11 @@ class ChatCompletionRequest(Body):
         None, ge=1, description="Length of the answer at most. Default: as much as the context holds."
     )
     n: int | None = Field(None, description="Only 1 is supported yet.")
-    stop: str | list[str] | None = Field(None, description="Up to 16 texts that end the answer; not part of it.")
+    stop: str | Strings | None = Field(None, description="Up to 16 texts that end the answer; not part of it.")
     seed: int | None = Field(None, description="The same request with the same seed gets the same answer.")
     presence_penalty: float | None = Field(None, description="-2 to 2.")
     frequency_penalty: float | None = Field(None, description="-2 to 2.")
-    logit_bias: dict[str, float] | None = Field(None, description="Token id, as text, to a bias from -100 to 100.")
+    logit_bias: Bias | None = Field(None, description="Token id, as text, to a bias from -100 to 100.")
     logprobs: bool | None = Field(None, description="Tell the log probability of every token of the answer.")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="How many of the most likely tokens to tell as well."
@@ -157,7 +174,7 @@ class ChatCompletionRequest(Body):
     repetition_penalty: float | None = Field(None, description="More than 0; 1 changes nothing.")
     min_tokens: int | None = Field(None, description="No end before the answer has this many tokens.")
     ignore_eos: bool = Field(False, description="Go on after the model's own end.")
-    stop_token_ids: list[int] | None = Field(None, description="Further tokens that end the answer.")
+    stop_token_ids: list[int] | None = Field(None, fail_fast=True, description="Further tokens that end the answer.")
     include_stop_str_in_output: bool = Field(False, description="Keep the stop text in the answer.")
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the answer's text.")
 
@@ -200,6 +217,8 @@ class ChatCompletionRequest(Body):
             raise refuse("response_format", f"response_format of type {self.response_format.type} {NOT_YET}: use text.")
         if self.modalities not in (None, ["text"]):
             raise refuse("modalities", 'This model answers in text only: modalities must be ["text"].')
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise refuse("stream_options.include_obfuscation", f"Padding chunks {NOT_YET}: set it to false.")
         if self.verbosity not in (None, "medium"):
             raise refuse("verbosity", "This model cannot be told how much to say by verbosity: leave it out.")
 

@@ -6,7 +6,7 @@ the field out, and a field that is not declared is an error.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,11 +19,8 @@ from pronk.server.errors import (
     MISSING,
     UNKNOWN_PARAMETER,
     UNSUPPORTED,
-    Answer,
     APIError,
 )
-
-MAX_NUMBER_LENGTH = 4000
 
 
 class Body(BaseModel):
@@ -34,9 +31,15 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {name: value for name, value in data.items() if value is not None}
-        return data
+        """Also leaves out all unknown fields but the first: only one is told, and a million would cost seconds."""
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        if cls.model_config["extra"] == "forbid":
+            unknown = [name for name in given if name not in cls.model_fields]
+            for name in unknown[1:]:
+                del given[name]
+        return given
 
     def check(self) -> None:
         """What the types cannot say. Raises APIError; called once on the outermost object."""
@@ -44,12 +47,10 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = Field(False, description="Send one more chunk with the usage before [DONE].")
-    include_obfuscation: Literal[False] = Field(
-        False, description="Chunks are not padded against an observer of their sizes; only false is accepted."
+    include_obfuscation: bool = Field(
+        False, description="Only false: chunks are not padded against an observer of their sizes."
     )
 
-
-Stop = Annotated[str | list[str], Field(union_mode="left_to_right")]
 
 Request = TypeVar("Request", bound=Body)
 
@@ -65,10 +66,24 @@ def parse(kind: type[Request], body: bytes) -> Request:
     try:
         request = kind.model_validate(data)
     except ValidationError as error:
-        # `url` and `context` are left out: an exception in `context` need not be printable.
-        raise _told(error.errors(include_url=False, include_context=False)[0], data) from None
+        raise _told(error.errors(include_url=False)[0], data) from None
     request.check()
     return request
+
+
+def schema_of(kind: type[Body]) -> dict[str, Any]:
+    """-> its JSON schema for OpenAPI; `hoist_definitions` moves what its references name."""
+    return kind.model_json_schema(ref_template="#/components/schemas/{model}")
+
+
+def hoist_definitions(document: dict[str, Any]) -> dict[str, Any]:
+    """document: OpenAPI, whose request bodies are of `schema_of`. -> it, with their `$defs` where references look."""
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for path in document["paths"].values():
+        for operation in path.values():
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                schemas.update(content["schema"].pop("$defs", {}))
+    return document
 
 
 def read_json(body: bytes) -> Any:
@@ -94,8 +109,10 @@ def json_type(value: Any) -> str:
     match value:
         case bool():
             return "a boolean"
-        case int() | float():
-            return "a number"
+        case int():
+            return "an integer"
+        case float():
+            return "a decimal number"
         case str():
             return "a string"
         case list():
@@ -105,27 +122,45 @@ def json_type(value: Any) -> str:
     return "null"
 
 
+_WANTED = {
+    "string_type": "a string",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "a boolean",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+}
+
+
 def _told(detail: ErrorDetails, body: dict[str, Any]) -> APIError:
     """One pydantic error -> the 400 that a client reads."""
     param = _path(detail, body)
-    kind, message = detail["type"], detail["msg"]
+    kind = detail["type"]
+    context = detail.get("ctx", {})
+    if kind.startswith("union_tag_"):  # no role, or one that does not exist
+        param = f"{param}.{context['discriminator'].strip(chr(39))}"
+        kind = "missing" if kind == "union_tag_not_found" else kind
     if kind == "missing":
         return APIError(f"'{param}' is required.", MISSING, param)
     if kind == "extra_forbidden":
         return APIError(
-            f"'{param}' is not a parameter of this endpoint. It is refused because ignoring it could change the "
-            "answer: leave it out.",
+            f"'{param}' is unknown here, and ignoring it could change the answer: leave it out.",
             UNKNOWN_PARAMETER,
             param,
         )
-    rule = message.removeprefix("Value error, ").removeprefix("Input should be ")
-    answer: Answer = INVALID_VALUE
-    if kind.endswith("_type"):
-        answer = INVALID_TYPE
-        rule = f"{rule}, but is {json_type(detail['input'])}"
-    return APIError(
-        f"'{param}' must be {rule}." if message.startswith("Input") else f"'{param}': {rule}", answer, param
-    )
+    if kind in _WANTED:
+        found = json_type(detail["input"])
+        fault = "is too large" if found == "an integer" and kind == "float_type" else f"is {found}"
+        return APIError(f"'{param}' must be {_WANTED[kind]}, but {fault}.", INVALID_TYPE, param)
+    rules = {
+        "union_tag_invalid": "must be one of {expected_tags}",
+        "too_short": "must hold at least {min_length} item",
+        "too_long": "must hold at most {max_length} items",
+    }
+    rule = rules.get(kind, detail["msg"].replace("Input should be", "must be", 1)).format_map(context)
+    return APIError(f"'{param}' {rule}.", INVALID_VALUE, param)
 
 
 def _path(detail: ErrorDetails, body: dict[str, Any]) -> str:

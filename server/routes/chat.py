@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -17,7 +18,7 @@ from pronk.engine.errors import RequestError
 from pronk.engine.request import Request, SamplingParams
 from pronk.server.body import read_body
 from pronk.server.protocol.chat import ChatCompletionRequest
-from pronk.server.protocol.common import parse
+from pronk.server.protocol.common import parse, schema_of
 from pronk.server.record import RequestRecord
 from pronk.server.routes.models import unknown_model
 from pronk.server.service import ServedModel, Service
@@ -36,7 +37,7 @@ from pronk.server.streaming import (
 
 router = APIRouter()
 
-# Shorter bodies are tokenised on the spot, in well under a millisecond; a longer one would hold up other streams.
+# Shorter bodies are read on the spot, within a few milliseconds; a longer one would hold up other streams.
 INLINE_BYTES = 16_384
 
 
@@ -47,7 +48,7 @@ INLINE_BYTES = 16_384
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": ChatCompletionRequest.model_json_schema()}},
+            "content": {"application/json": {"schema": schema_of(ChatCompletionRequest)}},
         }
     },
 )
@@ -57,42 +58,42 @@ async def create_chat_completion(request: HTTPRequest) -> Response:
     record: RequestRecord = request.state.record
     model = service.require()
     body = await read_body(request.receive, request.app.state.config.max_body_bytes)
-    asked = parse(ChatCompletionRequest, body)
-    if asked.model not in service.names:
-        raise unknown_model(asked.model, service)
-    params = asked.sampling_params(model.defaults)
-    prompt = await _render(asked, model, record, inline=len(body) <= INLINE_BYTES)
-    # Whatever has changed while the prompt was made: nothing is handed to an engine that drains or is gone.
+    read = partial(_read, body, service, model, record)
+    asked, params, prompt = read() if len(body) <= INLINE_BYTES else await asyncio.to_thread(read)
+    # Whatever has changed meanwhile: nothing is handed to an engine that drains or is gone.
     model = service.require()
     completion = Request(
         request_id=f"chatcmpl-{uuid.uuid4().hex}", prompt=prompt, params=params, cache_salt=request.state.cache_salt
     )
-    record.prompt_tokens = len(prompt)
-    return ChatCompletion(asked, completion, model, record, name=asked.model)
+    return ChatCompletion(asked, completion, model, record)
 
 
-async def _render(
-    asked: ChatCompletionRequest, model: ServedModel, record: RequestRecord, *, inline: bool
-) -> list[int]:
-    messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+def _read(
+    body: bytes, service: Service, model: ServedModel, record: RequestRecord
+) -> tuple[ChatCompletionRequest, SamplingParams, list[int]]:
+    """JSON -> the checked request, and what the engine is told: parameters and the prompt's token ids."""
+    asked = parse(ChatCompletionRequest, body)
+    if asked.model not in service.names:
+        raise unknown_model(asked.model, service)
+    params = asked.sampling_params(model.defaults)
     start = time.perf_counter()
-    prompt = model.render(messages) if inline else await asyncio.to_thread(model.render, messages)
+    prompt = model.render([message.model_dump(exclude_none=True) for message in asked.messages])
     record.render_seconds = time.perf_counter() - start
-    return prompt
+    record.prompt_tokens = len(prompt)
+    return asked, params, prompt
 
 
 class ChatCompletion(Response):
     """The response: asks the engine when it is sent, so that leaving the client's connection ends the asking."""
 
     def __init__(
-        self, asked: ChatCompletionRequest, completion: Request, model: ServedModel, record: RequestRecord, *, name: str
+        self, asked: ChatCompletionRequest, completion: Request, model: ServedModel, record: RequestRecord
     ) -> None:
         super().__init__()
         self._asked = asked
         self._completion = completion
         self._model = model
         self._record = record
-        self._name = name
         self._created = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,7 +110,7 @@ class ChatCompletion(Response):
         writer = ChunkWriter(
             completion_id=self._completion.request_id,
             created=self._created,
-            model=self._name,
+            model=self._asked.model,
             logprobs=bool(self._asked.logprobs),
             usage=self._asked.include_usage,
         )
@@ -136,7 +137,7 @@ class ChatCompletion(Response):
             "id": self._completion.request_id,
             "object": "chat.completion",
             "created": self._created,
-            "model": self._name,
+            "model": self._asked.model,
             "choices": [choice],
             "usage": usage_of(self._record),
         }

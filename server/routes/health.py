@@ -13,7 +13,8 @@ from pronk.server.service import Phase, Service
 router = APIRouter()
 
 
-@router.api_route("/health", methods=["GET", "HEAD"], summary="Readiness", include_in_schema=True)
+@router.head("/health", include_in_schema=False)
+@router.get("/health", summary="Readiness")
 async def health(request: Request) -> Response:
     """200 when a token can be made; 503 while the model loads, while the server drains, and when the engine is gone."""
     service: Service = request.app.state.service
