@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -213,14 +214,16 @@ async def test_what_the_engine_meets_at_start_is_raised_by_its_own_name(checkpoi
         await AsyncEngine.start(config_of(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="--max-model-len"):
         await AsyncEngine.start(config_of(checkpoint, max_model_len=10**6))
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for file in checkpoint.iterdir():
-        (damaged / file.name).write_bytes(file.read_bytes())
-    text = (damaged / "config.json").read_text()
-    (damaged / "config.json").write_text(text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     with pytest.raises(TensorError, match=r"layers\.2"):
-        await AsyncEngine.start(config_of(damaged))
+        await AsyncEngine.start(config_of(without_a_layer(checkpoint, tmp_path / "damaged")))
+
+
+def without_a_layer(checkpoint: Path, folder: Path) -> Path:
+    """A copy whose config asks for one layer more than the file holds."""
+    shutil.copytree(checkpoint, folder)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    return folder
 
 
 def start_process() -> tuple[subprocess.Popen[bytes], socket.socket]:
