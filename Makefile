@@ -22,8 +22,9 @@ help:  ## Say what can be made
 serve: $(VENV)/.installed  ## Start the server: MODEL is a folder or a Hub id (none: the embedded model), ARGS are flags
 	@exec $(BIN)/pronk serve $(if $(MODEL),"$(MODEL)") $(ARGS)
 
+# One thread each: the tests' tensors are small, and on a busy machine threads that wait for one another take minutes.
 test: $(VENV)/.installed-test  ## Run the tests: ARGS go to pytest
-	@exec $(BIN)/pytest $(ARGS)
+	@exec env OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest $(ARGS)
 
 check: $(VENV)/.installed-dev  ## Lint, formatting, types, the direction of imports
 	$(BIN)/ruff check

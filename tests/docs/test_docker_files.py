@@ -457,7 +457,7 @@ def test_make_serve_without_a_model_names_none() -> None:
 
 def test_make_test_passes_arguments_on() -> None:
     (words,) = make("test", "ARGS=tests/docs -x")
-    assert words == ["exec", ".venv/bin/pytest", "tests/docs", "-x"]
+    assert words[-3:] == [".venv/bin/pytest", "tests/docs", "-x"]
 
 
 @pytest.mark.parametrize("target", ["help", "serve", "test", "check", "clean"])
