@@ -237,6 +237,7 @@ class TestStopTokens:
         ({"hidden_size": 2049, "head_dim": None}, "hidden_size is 2049"),
         ({"head_dim": 63}, "head_dim is 63"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"rms_norm_eps": True}, "rms_norm_eps is True"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"rope_theta": float("inf")}, "rope_theta is inf"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),

@@ -47,8 +47,8 @@ def test_what_cannot_be_opened(tmp_path: Path, tiny_llama: Any, write_checkpoint
 class TestDummy:
     @pytest.fixture
     def folder(self, tmp_path: Path, tiny_llama: Any, write_checkpoint: Any) -> Path:
-        """A folder with a config and no weights, whose embedding is larger than one block."""
-        folder = write_checkpoint(tmp_path, tiny_llama("8b", **{**SMALL, "hidden_size": 3000}))
+        """A config without weights, whose embedding is larger than a block, in rows of a power of two."""
+        folder = write_checkpoint(tmp_path, tiny_llama("8b", **{**SMALL, "hidden_size": 4096}))
         (folder / "model.safetensors").unlink()
         return folder
 

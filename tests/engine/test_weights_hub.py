@@ -99,9 +99,10 @@ def test_an_existing_folder_is_itself(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "model", ["", "llama", "./llama", "/no/such/folder", "a/b/c", "a/", "-a/b", "../a", "a b/c", "é/b"]
+    "model", ["", "llama", "./llama", "/no/such/folder", "a/b/c", "a/", "-a/b", "../nowhere", "a b/c", "é/b"]
 )
-def test_no_folder_and_no_name(model: str) -> None:
+def test_no_folder_and_no_name(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointNotFoundError, match="is no folder here: give an existing folder, or owner/name"):
         resolve_model(model)
 

@@ -143,6 +143,7 @@ def test_a_tensor_that_is_a_view_of_another(small: Path) -> None:
     clean = tensors_of(small)
     change(small / FIRST, lambda tensors: tensors.update({DOWN: tensors[DOWN].T.contiguous().T}))
     assert_same(tensors_of(small), clean)
+    assert all(tensor.is_contiguous() for _, tensor in open_checkpoint(small).tensors())
 
 
 class TestTiedHead:
@@ -229,6 +230,14 @@ class TestNamedErrors:
     def test_a_tensor_missing_in_one_shard(self, sharded: Path) -> None:
         change(sharded / "consolidated.01.pth", lambda tensors: tensors.pop(DOWN))
         with pytest.raises(TensorError, match=rf"consolidated\.01\.pth: tensor {DOWN} is missing"):
+            open_checkpoint(sharded)
+
+    @pytest.mark.parametrize("name", ["stranger.weight", "output.weight"])
+    def test_a_tensor_in_one_shard_alone(self, sharded: Path, name: str) -> None:
+        change(sharded / "consolidated.01.pth", lambda tensors: tensors.update({name: torch.ones(48)}))
+        with pytest.raises(
+            TensorError, match=rf"{FIRST}: tensor {name} is missing, consolidated\.01\.pth has its part"
+        ):
             open_checkpoint(sharded)
 
     def test_an_unexpected_tensor(self, small: Path) -> None:
