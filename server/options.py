@@ -154,15 +154,14 @@ def assemble(
     from_environment: list[Option] = []
     for option in options:
         text, source = flags.get(option.destination), option.flag
-        if text is None and (text := environment.get(option.variable)):
-            if _SERVICE_LINK.match(text):
-                continue
-            source = option.variable
-            from_environment.append(option)
-        if text:
-            values[option.path] = option.convert(text, source)
-        elif text is not None and option.kind is not bool and source == option.flag:
+        if text == "":
             raise ConfigError(f"{option.flag} needs a value after it")
+        if text is None:
+            text, source = environment.get(option.variable, ""), option.variable
+            if not text or _SERVICE_LINK.match(text):
+                continue  # an empty variable is one that is not set
+            from_environment.append(option)
+        values[option.path] = option.convert(text, source)
     model = flags.get("model") or environment.get(MODEL_VARIABLE)
     if model:
         values["engine", "model"] = model

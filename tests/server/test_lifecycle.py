@@ -1,0 +1,240 @@
+"""From the taken port to the exit code, over a real socket: loading, signals, draining, an engine that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from pronk.engine.config import EngineConfig
+from pronk.engine.errors import CheckpointNotFoundError
+from pronk.engine.wire import Progress
+from pronk.server import cli
+from pronk.server.config import ServerConfig
+from pronk.server.lifecycle import BindError, Server, bind
+from pronk.server.service import ServedModel
+
+from .fakes import CONTEXT, FakeEngine, served
+
+BODY = {"model": "tiny", "messages": [{"role": "user", "content": "stressed"}]}
+
+
+class Running:
+    """A server that runs, over a fake engine; `loaded` lets its loading end."""
+
+    def __init__(self, engine: FakeEngine, **config: Any) -> None:
+        self.engine = engine
+        self.listener = bind("127.0.0.1", 0)
+        self.port = self.listener.getsockname()[1]
+        self.loaded = asyncio.Event()
+        self.failure: Exception | None = None
+        settings = ServerConfig(**{"served_model_names": ("tiny",), "port": self.port, **config})
+        self.task = asyncio.create_task(Server(settings, self.listener, load=self._load).run())
+
+    async def _load(self, config: EngineConfig, on_progress: Callable[[Progress], None]) -> ServedModel:
+        on_progress(Progress("loading weights", 512, 1024))
+        await self.loaded.wait()
+        if self.failure is not None:
+            raise self.failure
+        on_progress(Progress("loading weights", 1024, 1024))
+        return served(self.engine)
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        return await asyncio.to_thread(self._open, path, None)
+
+    async def chat(self, **fields: Any) -> tuple[int, Any]:
+        return await asyncio.to_thread(self._open, "/v1/chat/completions", json.dumps({**BODY, **fields}).encode())
+
+    def _open(self, path: str, body: bytes | None) -> tuple[int, Any]:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=body)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as reply:
+                return reply.status, reply.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    async def until_ready(self) -> None:
+        self.loaded.set()
+        await self.until_health_is(200)
+
+    async def until_health_is(self, status: int) -> None:
+        async with asyncio.timeout(20):
+            while (await self.get("/health"))[0] != status:
+                continue
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        os.kill(os.getpid(), number)
+
+    async def code(self) -> int:
+        """Wait for the end. -> exit code."""
+        return await asyncio.wait_for(self.task, 20)
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Callable[..., Running]]:
+    """`start(engine=..., **config)` -> a server that runs until the test ends."""
+    started: list[Running] = []
+
+    def make(engine: FakeEngine | None = None, **config: Any) -> Running:
+        started.append(Running(engine or FakeEngine(), **config))
+        return started[-1]
+
+    yield make
+    for running in started:
+        running.loaded.set()
+        running.engine.gate.set()
+        if not running.task.done():
+            running.signal()
+            running.signal()
+        await asyncio.gather(running.task, return_exceptions=True)
+
+
+Start = Callable[..., Running]
+
+
+async def test_it_answers_while_it_loads_then_serves_then_drains(
+    start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running = start()
+    status, body = await running.get("/health")
+    assert (status, json.loads(body)) == (503, {"status": "loading"})
+    status, body = await running.chat()
+    assert (status, json.loads(body)["error"]["code"]) == (503, "loading")
+    await running.until_ready()
+    assert (await running.chat())[0] == 200
+
+    running.engine.gate.clear()
+    call = asyncio.create_task(running.chat(stream=True))
+    await running.engine.until(lambda: bool(running.engine.running))
+    running.signal(signal.SIGINT)
+    await running.until_health_is(503)
+    status, body = await running.chat()
+    assert (status, json.loads(body)["error"]["code"]) == (503, "draining")
+    running.engine.gate.set()
+    status, body = await call
+    assert status == 200
+    assert body.endswith(b"data: [DONE]\n\n")
+    assert await running.code() == 0
+    assert running.engine.closed == 1
+
+    output = capfd.readouterr()
+    assert "loading weights: 50% of 1.0 KiB" in output.err
+    assert "Pronk" in output.out
+    for fact in ("1.24 billion", "bfloat16", "2.0 GiB", "100 blocks of 16 tokens", str(CONTEXT)):
+        assert fact in output.out
+    assert f"http://127.0.0.1:{running.port}/v1" in output.out
+
+
+async def test_the_curl_line_can_be_pasted(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    running = start()
+    await running.until_ready()
+    line = re.search(r"^curl .*$", capfd.readouterr().out, re.MULTILINE)
+    assert line is not None
+    words = shlex.split(line[0])
+    request = urllib.request.Request(words[1], data=words[words.index("-d") + 1].encode())
+    reply = await asyncio.to_thread(urllib.request.urlopen, request)
+    with reply:
+        assert json.loads(reply.read())["choices"][0]["message"]["content"] == "!olleH"
+
+
+async def test_a_second_signal_does_not_wait(start: Start) -> None:
+    running = start()
+    await running.until_ready()
+    running.engine.gate.clear()
+    call = asyncio.create_task(running.chat(stream=True))
+    await running.engine.until(lambda: bool(running.engine.running))
+    running.signal()
+    running.signal()
+    status, body = await call
+    assert (status, json.loads(body)["error"]["code"]) == (503, "engine_down")
+    assert await running.code() == 0
+
+
+async def test_what_does_not_end_in_time_is_cut_with_an_error(start: Start) -> None:
+    running = start(shutdown_timeout=0.0)
+    await running.until_ready()
+    running.engine.gate.clear()
+    call = asyncio.create_task(running.chat())
+    await running.engine.until(lambda: bool(running.engine.running))
+    running.signal()
+    status, body = await call
+    assert (status, json.loads(body)["error"]["code"]) == (503, "engine_down")
+    assert await running.code() == 0
+
+
+async def test_a_signal_while_loading_ends_at_once(start: Start) -> None:
+    running = start()
+    await running.get("/health")
+    running.signal()
+    assert await running.code() == 0
+
+
+async def test_a_dead_engine_leaves_a_server_that_says_so(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    running = start()
+    await running.until_ready()
+    running.engine.die()
+    assert (await running.chat())[0] == 503
+    status, body = await running.get("/health")
+    assert (status, json.loads(body)["status"]) == (503, "failed")
+    running.signal()
+    assert await running.code() == 1
+    assert (
+        len(
+            [
+                record
+                for record in caplog.records
+                if "killed by signal 9" in record.message and "every request" in record.message
+            ]
+        )
+        == 1
+    )
+
+
+async def test_an_engine_that_cannot_start_ends_the_server(start: Start) -> None:
+    running = start()
+    running.failure = CheckpointNotFoundError("no such folder")
+    running.loaded.set()
+    with pytest.raises(CheckpointNotFoundError):
+        await running.code()
+
+
+def test_a_taken_port_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "--port", str(port)], {}) == 1
+    error = capsys.readouterr().err
+    assert (
+        error
+        == f"pronk: port {port} on 127.0.0.1 is taken: stop what listens there, or choose another port with --port\n"
+    )
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7", "x" * 70 + ".invalid", "\u0000"])
+def test_addresses_that_are_not_ours(host: str) -> None:
+    with pytest.raises(BindError, match="--host"):
+        bind(host, 0)
+
+
+def test_a_model_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "/no/such/folder", "--port", "0"], {}) == 1
+    error = capsys.readouterr().err
+    assert "/no/such/folder" in error
+    assert "Traceback" not in error
+
+
+def test_bind_listens_on_ipv6() -> None:
+    if not socket.has_ipv6:
+        return
+    with bind("::1", 0) as listener:
+        assert listener.family == socket.AF_INET6
