@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from pronk.server.config import ServerConfig
 from pronk.server.service import Service
 
 from .fakes import Client, FakeEngine, served
+from .running import Running
 
 Connect = Callable[..., Client]
 
@@ -33,3 +35,25 @@ def connect() -> Connect:
         return Client(app, service, engine)
 
     return make
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """`start(engine=..., **config)` -> a server that runs until the test ends."""
+    started: list[Running] = []
+
+    def make(engine: FakeEngine | None = None, **config: Any) -> Running:
+        started.append(Running(engine or FakeEngine(), **config))
+        return started[-1]
+
+    yield make
+    for running in started:
+        running.loaded.set()
+        running.engine.gate.set()
+        if not running.task.done():
+            running.signal()
+            running.signal()
+        await asyncio.gather(running.task, return_exceptions=True)

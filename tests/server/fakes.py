@@ -84,7 +84,10 @@ BYTES_TOKENIZER = Tokenizer(BYTES)
 
 
 class FakeEngine:
-    """AsyncEngine's face. Each output is one step; `gate` holds steps back when a test wants it."""
+    """AsyncEngine's face. Each output is one step; while `gate` is not set, none is made.
+
+    hold_after: that many outputs of a request, and the gate closes.
+    """
 
     def __init__(self, script: Script = echo, **changes: Any) -> None:
         self.info = info(**changes)
@@ -97,6 +100,7 @@ class FakeEngine:
         self.closed = 0
         self.gate = asyncio.Event()
         self.gate.set()
+        self.hold_after: int | None = None
         self._changed = asyncio.Event()
         self._listeners: list[Callable[[Step], None]] = []
         self._draining = False
@@ -114,7 +118,9 @@ class FakeEngine:
         self._update(self.running.add, request.request_id)
         ended = False
         try:
-            for scripted in self.script(request):
+            for place, scripted in enumerate(self.script(request)):
+                if place == self.hold_after:
+                    self.gate.clear()
                 await asyncio.sleep(0)
                 await self.gate.wait()
                 if self.error is not None:

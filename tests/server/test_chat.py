@@ -145,12 +145,8 @@ async def test_a_dead_engine_refuses_at_once(connect: Connect) -> None:
 
 async def test_an_engine_that_dies_ends_streams_with_an_error_event(connect: Connect) -> None:
     client = connect()
-    client.engine.gate.clear()
-    client.engine.gate.set()
-    seen: list[bytes] = []
 
     def die_after_the_first(part: bytes) -> None:
-        seen.append(part)
         client.engine.die()
 
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "x" * 50}], "stream": True}).encode()

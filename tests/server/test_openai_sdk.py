@@ -1,0 +1,176 @@
+"""OpenAI's own client, sync and async, streaming and not, over a real socket: what it reads, and what it raises."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+
+from .conftest import Start
+from .fakes import END_OF_TURN, outputs
+from .running import Running
+
+MESSAGES: Any = [{"role": "user", "content": "stressed"}]
+
+
+@pytest.fixture
+async def running(start: Start) -> Running:
+    server = start(served_model_names=("tiny", "meta/tiny"))
+    await server.until_ready()
+    return server
+
+
+@pytest.fixture
+async def client(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
+    url = f"http://127.0.0.1:{running.port}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=20) as connected:
+        yield connected
+
+
+async def test_whole(client: openai.AsyncOpenAI) -> None:
+    completion = await client.chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=1)
+    choice = completion.choices[0]
+    assert (choice.message.content, choice.message.role, choice.finish_reason) == ("desserts", "assistant", "stop")
+    assert choice.message.tool_calls is None
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert [entry.token for entry in choice.logprobs.content[:3]] == ["d", "e", "s"]
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens == 9
+    assert completion.usage.prompt_tokens_details is not None
+    assert completion._request_id is not None
+    # Everything that the client's own types know is where they expect it.
+    type(completion).model_validate(json.loads(completion.model_dump_json()), strict=True)
+
+
+async def test_stream(client: openai.AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="tiny", messages=MESSAGES, stream=True, stream_options={"include_usage": True}, max_completion_tokens=4
+    )
+    chunks = [chunk async for chunk in stream]
+    for chunk in chunks:
+        type(chunk).model_validate(json.loads(chunk.model_dump_json()), strict=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "dess"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 4
+
+
+async def test_the_stream_helper(client: openai.AsyncOpenAI) -> None:
+    async with client.chat.completions.stream(model="tiny", messages=MESSAGES) as stream:
+        async for _ in stream:
+            continue
+        completion = await stream.get_final_completion()
+    assert completion.choices[0].message.content == "desserts"
+
+
+async def test_the_sync_client(running: Running) -> None:
+    def ask() -> tuple[str | None, str]:
+        url = f"http://127.0.0.1:{running.port}/v1"
+        with openai.OpenAI(base_url=url, api_key="any", max_retries=0, timeout=20) as client:
+            whole = client.chat.completions.create(model="tiny", messages=MESSAGES)
+            stream = client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+            return whole.choices[0].message.content, "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    assert await asyncio.to_thread(ask) == ("desserts", "desserts")
+
+
+async def test_models(client: openai.AsyncOpenAI) -> None:
+    assert [model.id async for model in client.models.list()] == ["tiny", "meta/tiny"]
+    for name in ("tiny", "meta/tiny"):
+        model = await client.models.retrieve(name)
+        assert (model.id, model.object) == (name, "model")
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.models.retrieve("gpt-4o")
+    assert caught.value.code == "model_not_found"
+
+
+async def test_many_streams_at_once_do_not_mix(client: openai.AsyncOpenAI) -> None:
+    async def ask(number: int) -> str:
+        stream = await client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": f"request {number}"}], stream=True
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    answers = await asyncio.gather(*(ask(number) for number in range(32)))
+    assert answers == [f"request {number}"[::-1] for number in range(32)]
+
+
+async def test_mistakes_are_the_clients_own_errors(client: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=3)
+    assert (caught.value.param, caught.value.code, caught.value.type) == (
+        "temperature",
+        "invalid_value",
+        "invalid_request_error",
+    )
+    with pytest.raises(openai.NotFoundError):
+        await client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 4096 tokens") as caught:
+        await client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=100_000, stream=True)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="guided_json"):
+        await client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"guided_json": {}})
+    with pytest.raises(openai.NotFoundError):
+        await client.embeddings.create(model="tiny", input="x")
+
+
+async def test_a_wrong_key(start: Start) -> None:
+    running = start(api_keys=("right",))
+    await running.until_ready()
+    for key, works in (("wrong", False), ("right", True)):
+        async with openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{running.port}/v1", api_key=key, max_retries=0, timeout=20
+        ) as client:
+            if works:
+                await client.chat.completions.create(model="tiny", messages=MESSAGES)
+                continue
+            with pytest.raises(openai.AuthenticationError) as caught:
+                await client.chat.completions.create(model="tiny", messages=MESSAGES)
+            assert caught.value.code == "invalid_api_key"
+
+
+async def test_leaving_a_stream_aborts_it(running: Running, client: openai.AsyncOpenAI) -> None:
+    running.engine.hold_after = 1  # the rest of the answer never comes: only an abort can end it
+    stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+    await anext(aiter(stream))
+    assert len(running.engine.running) == 1
+    await stream.close()
+    await running.engine.until(lambda: not running.engine.running)
+    assert len(running.engine.aborted) == 1
+
+
+async def test_leaving_a_whole_answer_aborts_it(running: Running, client: openai.AsyncOpenAI) -> None:
+    running.engine.gate.clear()
+    call = asyncio.create_task(client.chat.completions.create(model="tiny", messages=MESSAGES))
+    await running.engine.until(lambda: bool(running.engine.running))
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    await running.engine.until(lambda: not running.engine.running)
+    assert len(running.engine.aborted) == 1
+
+
+async def test_a_dying_engine_is_an_error_in_the_stream(running: Running, client: openai.AsyncOpenAI) -> None:
+    running.engine.hold_after = 1
+    stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+    chunks = aiter(stream)
+    for _ in range(2):
+        await anext(chunks)
+    running.engine.die()
+    with pytest.raises(openai.APIError, match="killed by signal 9"):
+        await anext(chunks)
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.chat.completions.create(model="tiny", messages=MESSAGES)
+    assert caught.value.status_code == 503
+
+
+async def test_unicode_comes_through(running: Running, client: openai.AsyncOpenAI) -> None:
+    text = "naïve \u2028 \x85 \U0001f999 \x00 \ufffd"
+    running.engine.script = lambda request: outputs([*text.encode(), END_OF_TURN])
+    stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == text
