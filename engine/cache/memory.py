@@ -87,7 +87,10 @@ def plan_cache(
 def allocate(
     config: LlamaConfig, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device
 ) -> KVCache:
-    """The tensors, zero. On a CPU their pages are taken from the system only when they are written."""
+    """The tensors, zero. On a CPU their pages are taken from the system only when they are written.
+
+    Raises ConfigError when the system gives no such memory.
+    """
     shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
     tensors = [_zeros(shape, dtype, device) for _ in range(2 * config.num_hidden_layers)]
     return KVCache(tensors[::2], tensors[1::2])
@@ -100,7 +103,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     for size in shape:
         count *= size
     # An anonymous map reads as zeros without being touched; torch.zeros would write every page at start.
-    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+    try:
+        pages = mmap.mmap(-1, count * dtype.itemsize)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"the system gives no {count * dtype.itemsize} bytes for one layer of the KV cache ({error}): "
+            "lower --kv-cache-memory"
+        ) from error
+    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
 
 
 def available_memory(device: torch.device) -> int:
@@ -123,15 +133,21 @@ def _system_available() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _cgroup_available() -> int:
-    """What the cgroup's limit leaves, version 2 or 1; without a limit, no bound."""
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+def _cgroup_available(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the cgroup's limit leaves, version 2 or 1; without a limit, no bound.
+
+    Cached files count as free, as in MemAvailable: a checkpoint that was just read may fill all that the limit leaves.
+    """
+    for limit_file, usage_file, stat_file, prefix in (
+        ("memory.max", "memory.current", "memory.stat", ""),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_"),
     ):
-        limit, usage = Path(limit_file), Path(usage_file)
+        limit, usage, stat = root / limit_file, root / usage_file, root / stat_file
         if limit.exists() and usage.exists():
             text = limit.read_text().strip()
             if text != "max":
-                return max(0, int(text) - int(usage.read_text()))
+                starts = (f"{prefix}active_file ", f"{prefix}inactive_file ")
+                lines = stat.read_text().splitlines() if stat.exists() else []
+                cached = sum(int(line.split()[1]) for line in lines if line.startswith(starts))
+                return max(0, int(text) - int(usage.read_text()) + cached)
     return 1 << 62
