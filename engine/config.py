@@ -61,8 +61,13 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.block_size < 16 or KEY_SPLIT % self.block_size:
             raise ConfigError(f"--block-size {self.block_size}: choose 16, 32, 64, 128 or 256")
-        if self.memory is not None and parse_bytes(self.memory) <= 0:
-            raise ConfigError("--kv-cache-memory must be more than 0")
+        if self.memory is not None:
+            try:
+                size = parse_bytes(self.memory)
+            except ConfigError as error:
+                raise ConfigError(f"--kv-cache-memory: {error}") from error
+            if size <= 0:
+                raise ConfigError(f"--kv-cache-memory {self.memory}: it must be more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)
