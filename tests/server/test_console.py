@@ -1,0 +1,101 @@
+"""What a person sees at start, on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+
+import pytest
+
+from pronk.engine.wire import Progress
+from pronk.server.console import (
+    ProgressDisplay,
+    base_url,
+    curl_line,
+    readable_bytes,
+    readable_count,
+    start_table,
+)
+
+from .fakes import info
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def show(out: io.StringIO) -> str:
+    display = ProgressDisplay(out)
+    display(Progress("starting"))
+    for done in range(0, 1025, 64):
+        display(Progress("loading weights", done << 20, 1 << 30))
+    display(Progress("warming up"))
+    display.close()
+    return out.getvalue()
+
+
+def test_elsewhere_there_are_plain_lines() -> None:
+    assert show(io.StringIO()).splitlines() == [
+        "starting ...",
+        "loading weights ...",
+        "loading weights: 25% of 1.0 GiB",
+        "loading weights: 50% of 1.0 GiB",
+        "loading weights: 75% of 1.0 GiB",
+        "loading weights: 100% of 1.0 GiB",
+        "warming up ...",
+    ]
+
+
+def test_on_a_terminal_there_is_one_bar_that_fills() -> None:
+    shown = show(Terminal())
+    assert "\r" in shown
+    assert "loading weights:   0%" in shown
+    assert "loading weights: 100%" in shown
+    # The bar has its line; what follows begins on the next.
+    assert shown.splitlines()[-1] == "warming up ..."
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (4 << 30, "4.0 GiB"), (5 << 50, "5120.0 TiB")]
+)
+def test_sizes(count: int, text: str) -> None:
+    assert readable_bytes(count) == text
+
+
+def test_counts() -> None:
+    assert readable_count(1_235_814_400) == "1.24 billion"
+    assert readable_count(3_150_000) == "3.15 million"
+    assert readable_count(9_999) == "9,999"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("::1", "http://[::1]:80"),
+        ("llama.example", "http://llama.example:80"),
+    ],
+)
+def test_addresses_that_a_client_can_use(host: str, url: str) -> None:
+    assert base_url(host, 80) == url
+
+
+def test_the_curl_line_survives_the_shell() -> None:
+    words = shlex.split(curl_line("it's", "http://x", needs_key=True))
+    assert json.loads(words[words.index("-d") + 1])["model"] == "it's"
+    assert "Authorization: Bearer $PRONK_API_KEY" in words
+    assert "Authorization" not in curl_line("m", "http://x", needs_key=False)
+
+
+def test_the_table() -> None:
+    table = start_table(info(), names=("tiny", "other"), url="http://x:1", needs_key=True)
+    for fact in (
+        "tiny, other (/models/tiny)", "1.24 billion", "bfloat16", "cpu (fake)", "2.0 GiB, loaded in 1.5 s",
+        "1.0 GiB: 100 blocks of 16 tokens", "4096 tokens", "8 sequences, 256 tokens a step",
+        "http://x:1/v1 (API key needed)",
+    ):  # fmt: skip
+        assert fact in table
