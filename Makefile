@@ -24,7 +24,7 @@ serve: $(VENV)/.installed  ## Start the server: MODEL is a folder or a Hub id (n
 
 # One thread each: the tests' tensors are small, and on a busy machine threads that wait for one another take minutes.
 test: $(VENV)/.installed-test  ## Run the tests: ARGS go to pytest
-	@exec env OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest $(ARGS)
+	@exec env OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest $(ARGS)
 
 check: $(VENV)/.installed-dev  ## Lint, formatting, types, the direction of imports
 	$(BIN)/ruff check

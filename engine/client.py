@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -236,6 +237,8 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
             [sys.executable, "-m", "pronk.engine.process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            # A thread that spins while it waits for the others keeps the core that they, or this process, need.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             # A Ctrl-C on the terminal is the server's to answer: it drains, then tells the engine.
             start_new_session=True,
         )

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -114,16 +115,22 @@ def add(answers: dict[str, Answer], output: Output) -> None:
     )
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module", params=[("float32", 1), ("bfloat16", 2)], ids=["float32-1-thread", "bfloat16-2-threads"]
+)
 def engine(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_llama: Callable[..., dict[str, object]],
     write_checkpoint: Callable[..., Path],
-) -> Engine:
+) -> Iterator[Engine]:
+    dtype, threads = request.param
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     config = tiny_llama("1b", hidden_size=192, intermediate_size=224, num_attention_heads=6, num_key_value_heads=2)
-    folder = write_checkpoint(tmp_path_factory.mktemp("promise"), {**config, "head_dim": 64}, dtype=request.param)
-    return Engine(folder, request.param)
+    folder = write_checkpoint(tmp_path_factory.mktemp("promise"), {**config, "head_dim": 64}, dtype=dtype)
+    yield Engine(folder, dtype)
+    torch.set_num_threads(before)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
