@@ -345,6 +345,14 @@ def test_penalties_need_a_completion_and_repetition_needs_a_prompt_or_one() -> N
     assert tokens(sample(logits, [row(position=p, repetition_penalty=5.0) for p in range(50)])) == plain
 
 
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_a_penalty_that_overflows_still_gives_a_token(params: dict[str, object]) -> None:
+    """A legal repetition_penalty next to 0 makes a seen token's logit infinite: that token is taken."""
+    logits = random_logits(1, 64)
+    logits[0, 3] = 1.0
+    assert tokens(sample(logits, [row(repetition_penalty=5e-324, output={3: 1}, **params)])) == [3]
+
+
 def test_apply_bias() -> None:
     logits = torch.tensor([1.0, -2.0, 3.0, 0.0])
     penalties.apply_bias(logits, {1: 100.0, 3: -0.5})
