@@ -122,7 +122,12 @@ class EngineConfig:
         flag="--max-model-len",
     )
     tensor_parallel_size: int = option(1, "devices that share the model", flag="--tensor-parallel-size")
-    seed: int = option(0, "base of the random seeds of requests that name none, and of dummy weights", flag="--seed")
+    seed: int | None = option(
+        None,
+        "seed of requests that name none, so that the same request always gets the same answer, and of dummy weights "
+        "(default: such requests are random, dummy weights are those of seed 0)",
+        flag="--seed",
+    )
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
@@ -138,7 +143,7 @@ class EngineConfig:
             raise ConfigError(
                 f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; leave it at 1"
             )
-        if not -(2**63) <= self.seed < 2**63:
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ConfigError(f"--seed {self.seed}: the seed must fit in 64 bits")
 
 

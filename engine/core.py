@@ -6,6 +6,7 @@ Knows requests by their tokens; not who sent them, nor over what. Two callers: `
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable
 
@@ -14,7 +15,6 @@ from pronk.engine.config import EngineConfig
 from pronk.engine.detokenizer import Detokenizer
 from pronk.engine.request import Output, Request, Timing
 from pronk.engine.runner import ModelRunner
-from pronk.engine.sampling.noise import splitmix64
 from pronk.engine.sampling.sampler import Sampled
 from pronk.engine.scheduler import Row, Scheduler
 from pronk.engine.sequence import Sequence, Status
@@ -48,7 +48,6 @@ class EngineCore:
         )
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Output] = []
-        self._arrivals = 0
         self._counters = _Counters()
 
     @property
@@ -58,10 +57,8 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queue a request that was checked (client.check_request)."""
-        self._arrivals += 1
         params = request.params
-        # Without a seed of its own a request gets one from its place in line: repeatable for the same line.
-        seed = params.seed if params.seed is not None else splitmix64(self._config.seed ^ self._arrivals << 32)
+        seeds = (params.seed, self._config.seed, secrets.randbits(63))
         detokenizer = (
             Detokenizer(
                 self._vocabulary,
@@ -74,7 +71,7 @@ class EngineCore:
         )
         sequence = Sequence(
             request,
-            seed=seed,
+            seed=next(seed for seed in seeds if seed is not None),
             eos_token_ids=frozenset(self._runner.model.config.eos_token_ids),
             max_model_len=self._runner.plan.max_model_len,
             arrival=self._clock(),

@@ -83,7 +83,7 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
     """
     started = time.monotonic()
     device = choose_device(config.device)
-    checkpoint = open_checkpoint(folder, config.load_format, seed=config.seed)
+    checkpoint = open_checkpoint(folder, config.load_format, seed=config.seed or 0)
     dtype = choose_dtype(config.dtype, checkpoint.config, device)
     kernels = for_device(device.type)
     with torch.inference_mode():

@@ -6,7 +6,6 @@ served is a 400 that names it; the fields of WITHOUT_EFFECT are accepted, each f
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -246,15 +245,14 @@ class ChatCompletionRequest(Body):
     def sampling_params(self, defaults: GenerationDefaults) -> SamplingParams:
         """defaults: the checkpoint's own, for what the request leaves open; what both leave open is OpenAI's default.
 
-        A request without a seed gets a fresh one, so that the engine's answer depends on the request alone. Raises
-        InvalidParameterError, which names the field.
+        Raises InvalidParameterError, which names the field.
         """
         return SamplingParams(
             temperature=_first(self.temperature, 0.0 if defaults.do_sample is False else defaults.temperature, 1.0),
             top_p=_first(self.top_p, defaults.top_p, 1.0),
             top_k=0 if self.top_k == -1 else _first(self.top_k, defaults.top_k, 0),
             min_p=_first(self.min_p, 0.0),
-            seed=_first(self.seed, secrets.randbits(63)),
+            seed=self.seed,
             presence_penalty=_first(self.presence_penalty, 0.0),
             frequency_penalty=_first(self.frequency_penalty, 0.0),
             repetition_penalty=_first(self.repetition_penalty, 1.0),

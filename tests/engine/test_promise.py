@@ -182,3 +182,17 @@ def test_threads_and_batch_leave_no_trace_in_a_long_prompt(engine: Engine) -> No
         core = answer(budget=budget)
         core.add(Request(request_id="solo", prompt=prompt, params=greedy))
         assert drive(core, [])["solo"] == alone
+
+
+@pytest.mark.parametrize(("config_seed", "same"), [(None, False), (5, True)])
+def test_a_request_without_a_seed_is_random_unless_the_engine_has_one(
+    engine: Engine, config_seed: int | None, same: bool
+) -> None:
+    flat = SamplingParams(temperature=2.0, max_tokens=12, ignore_eos=True, logit_bias={65: 0.0})
+    seeded = dataclasses.replace(engine.config, seed=config_seed)
+    answers = []
+    for name in ("first", "second"):
+        core = EngineCore(seeded, engine.runner, engine.vocabulary)
+        core.add(Request(request_id=name, prompt=[1, 2, 3], params=flat))
+        answers.append(drive(core, [])[name])
+    assert (answers[0] == answers[1]) == same

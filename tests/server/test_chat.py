@@ -271,15 +271,6 @@ async def test_defaults_are_the_checkpoints_then_openais(connect: Connect) -> No
     assert greedy.engine.requests[0].params.temperature == 0
 
 
-async def test_a_silent_request_gets_a_fresh_seed(connect: Connect) -> None:
-    client = connect()
-    for _ in range(3):
-        await client.chat()
-    seeds = {request.params.seed for request in client.engine.requests}
-    assert None not in seeds
-    assert len(seeds) == 3
-
-
 async def test_each_key_has_a_cache_of_its_own(connect: Connect) -> None:
     client = connect(api_keys=("one", "two"))
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "x"}]}).encode()
