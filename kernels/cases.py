@@ -121,7 +121,7 @@ LINEAR = tuple(
 )
 
 # Widths: the hidden and MLP sizes of the 1B, that of a tiny model, and odd ones.
-ROWS = tuple(RowsCase(f"{rows}x{width}", rows, width) for width in (1, 17, 64, 1000, 2048, 8192) for rows in (1, 3, 33))
+ROWS = tuple(RowsCase(f"{rows}x{width}", rows, width) for width in (1, 17, 64, 1000, 2048, 8192) for rows in (1, 33))
 
 HEADS = (
     Heads(64, 2, 1),
@@ -159,7 +159,7 @@ ROPE = tuple(
     RopeCase(f"{num_tokens}-{heads.name}-p{block_size}", heads, block_size, num_tokens)
     for heads in HEADS
     for block_size in BLOCK_SIZES
-    for num_tokens in (1, 3, 33)
+    for num_tokens in (1, 33)
 )
 
 

@@ -127,13 +127,13 @@ def test_uniform_over_tokens(seed: int) -> None:
 @pytest.mark.parametrize("token", [0, 1, 128000])
 def test_uniform_over_positions(token: int) -> None:
     one = torch.tensor([token])
-    assert kolmogorov_smirnov(torch.cat([uniforms(3, position, one) for position in range(10_000)])) < 1.95
+    assert kolmogorov_smirnov(torch.cat([uniforms(3, position, one) for position in range(4000)])) < 1.95
 
 
 @pytest.mark.parametrize("token", [0, 1, 128000])
 def test_uniform_over_seeds(token: int) -> None:
     one = torch.tensor([token])
-    assert kolmogorov_smirnov(torch.cat([uniforms(seed, 3, one) for seed in range(10_000)])) < 1.95
+    assert kolmogorov_smirnov(torch.cat([uniforms(seed, 3, one) for seed in range(4000)])) < 1.95
 
 
 def test_tails() -> None:

@@ -40,6 +40,15 @@ def _fresh_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small products are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor) -> None:
     """actual in a working dtype; expected and bound in float64, of the same shape."""
     assert actual.shape == expected.shape == bound.shape
