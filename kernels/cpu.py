@@ -157,21 +157,26 @@ def _attend(q: Tensor, key_cache: Tensor, value_cache: Tensor, group: Group, gro
     packed = (q * head_dim**-0.5).view(tiles, QUERY_TILE, num_kv_heads, group_size, head_dim)
     packed = packed.permute(2, 0, 1, 3, 4).reshape(num_kv_heads, tiles, QUERY_TILE * group_size, head_dim)
     row_positions = group.positions.repeat_interleave(group_size, dim=1)
+    lowest = int(group.positions.min())
 
     running_max = torch.full((num_kv_heads, tiles, QUERY_TILE * group_size, 1), float("-inf"))
     running_sum = torch.zeros_like(running_max)
     weighted = torch.zeros_like(packed)
     for split in range(group.block_tables.shape[1]):
+        keys = _split_of(key_cache, group.block_tables[:, split])
+        values = _split_of(value_cache, group.block_tables[:, split])
         key_positions = torch.arange(split * KEY_SPLIT, (split + 1) * KEY_SPLIT)
-        hidden = key_positions > row_positions.unsqueeze(-1)
-        past_end = (key_positions >= group.lens.unsqueeze(1)).unsqueeze(-1)
-        keys = _split_of(key_cache, group.block_tables[:, split], past_end)
-        values = _split_of(value_cache, group.block_tables[:, split], past_end)
+        all_visible = int(key_positions[-1]) <= lowest
+        if not all_visible:
+            hidden = key_positions > row_positions.unsqueeze(-1)
+            # Whatever a block holds past the sequence's end, NaN included, must not meet a weight of 0.
+            values = values.masked_fill((key_positions >= group.lens.unsqueeze(1)).unsqueeze(-1), 0.0)
         for head in range(num_kv_heads):
             scores = torch.bmm(packed[head], keys[head].expand(tiles, -1, -1).transpose(1, 2))
-            scores.masked_fill_(hidden, float("-inf"))
+            if not all_visible:
+                scores.masked_fill_(hidden, float("-inf"))
             new_max = torch.maximum(running_max[head], scores.amax(-1, keepdim=True))
-            probabilities = torch.exp(scores - new_max)
+            probabilities = scores.sub_(new_max).exp_()
             rescale = torch.exp(running_max[head] - new_max)
             running_max[head] = new_max
             running_sum[head] = running_sum[head] * rescale + probabilities.sum(-1, keepdim=True)
@@ -181,8 +186,6 @@ def _attend(q: Tensor, key_cache: Tensor, value_cache: Tensor, group: Group, gro
     return normed.permute(1, 2, 0, 3, 4).reshape(q.shape)
 
 
-def _split_of(cache: Tensor, blocks: Tensor, past_end: Tensor) -> Tensor:
-    """cache [B, KV, P, D], blocks int64 [sequences, blocks in a split], past_end bool [sequences, KEY_SPLIT, 1]
-    -> float32 [KV, sequences, KEY_SPLIT, D], zero past each end: a NaN left in a block must not meet a weight of 0."""
-    gathered = cache[blocks].permute(2, 0, 1, 3, 4).flatten(2, 3).float()
-    return gathered.masked_fill(past_end, 0.0)
+def _split_of(cache: Tensor, blocks: Tensor) -> Tensor:
+    """cache [B, KV, P, D], blocks int64 [sequences, blocks in a split] -> float32 [KV, sequences, KEY_SPLIT, D]."""
+    return cache[blocks].permute(2, 0, 1, 3, 4).flatten(2, 3).float()
