@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 
+import msgspec
+
 from pronk.engine import errors, wire
 from pronk.engine.config import EngineConfig
 from pronk.engine.errors import (
@@ -203,13 +205,18 @@ class AsyncEngine:
 
     async def _receive(self) -> None:
         reason = ""
-        with contextlib.suppress(ConnectionError):
+        try:
             while data := await self._reader.read(READ_SIZE):
                 for message in self._frames.feed(data):
                     if isinstance(message, wire.Step):
                         self._deliver(message)
                     elif isinstance(message, wire.Failed):
                         reason = f"{message.kind}: {message.message}"
+        except ConnectionError:
+            pass  # the end of the process that sent it, as the end of the file is
+        except msgspec.MsgspecError as error:
+            reason = f"it sent what cannot be read: {error}"
+            self._process.kill()
         code = await asyncio.to_thread(self._process.wait)
         self._die(reason or _exit(code))
 

@@ -48,7 +48,7 @@ class CacheConfig:
     memory: str | None = option(
         None,
         "memory for the KV cache, for example 4GiB (default: what the running requests can use, "
-        "at most 40 %% of the memory that is free after loading, and on a CPU at most 4GiB)",
+        "at most 40 % of the memory that is free after loading, and on a CPU at most 4GiB)",
         flag="--kv-cache-memory",
         metavar="SIZE",
     )

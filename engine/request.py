@@ -35,7 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_p: float = 0.0
     """Drop tokens less likely than this share of the most likely one's probability."""
     seed: int | None = None
-    """With it the same request always gives the same tokens; without, it has the engine's (`--seed`), or a random one."""
+    """With it the same request always gets the same tokens; without, `--seed` stands in, or a random one."""
     presence_penalty: float = 0.0
     """Subtracted once from the logit of each token that the completion already holds."""
     frequency_penalty: float = 0.0

@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
 def add_options(parser: argparse.ArgumentParser, options: Sequence[Option]) -> None:
     """Values stay text here: `assemble` converts those of flags and of variables alike."""
     for option in options:
-        help_text = f"{option.help}{_default_text(option)} [{option.variable}]"
+        help_text = f"{option.help}{_default_text(option)} [{option.variable}]".replace("%", "%%")
         if option.kind is bool:
             parser.add_argument(
                 option.flag, dest=option.destination, action="store_const", const="1", default=None, help=help_text

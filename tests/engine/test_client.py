@@ -193,6 +193,14 @@ async def test_a_killed_engine_fails_every_request_and_says_why(checkpoint: Path
     await engine.close()
 
 
+async def test_an_engine_that_sends_nonsense_counts_as_dead(engine: AsyncEngine) -> None:
+    running = asyncio.create_task(tokens_of(engine, "running", [1], ENDLESS))
+    await until(engine, lambda stats: stats.num_running == 1)
+    engine._frames = wire.Frames(wire.ToEngine)  # what the engine says is no message of that direction
+    with pytest.raises(EngineDeadError, match="cannot be read"):
+        await asyncio.wait_for(running, DEADLINE)
+
+
 async def test_signals_that_mean_the_server_leave_the_engine_alone(engine: AsyncEngine) -> None:
     os.kill(engine._process.pid, signal.SIGINT)
     os.kill(engine._process.pid, signal.SIGTERM)
