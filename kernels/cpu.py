@@ -156,36 +156,51 @@ def _attend(q: Tensor, key_cache: Tensor, value_cache: Tensor, group: Group, gro
     # [KV, tiles, QUERY_TILE * G, D]: a KV head's query heads are more rows of the same product.
     packed = (q * head_dim**-0.5).view(tiles, QUERY_TILE, num_kv_heads, group_size, head_dim)
     packed = packed.permute(2, 0, 1, 3, 4).reshape(num_kv_heads, tiles, QUERY_TILE * group_size, head_dim)
-    row_positions = group.positions.repeat_interleave(group_size, dim=1)
-    lowest = int(group.positions.min())
+    row_positions = group.positions.repeat_interleave(group_size, dim=1).unsqueeze(-1)
+    lowest, longest = int(group.positions.min()), int(group.lens.max())
 
-    running_max = torch.full((num_kv_heads, tiles, QUERY_TILE * group_size, 1), float("-inf"))
+    running_max = torch.full((*packed.shape[:-1], 1), float("-inf"))
     running_sum = torch.zeros_like(running_max)
     weighted = torch.zeros_like(packed)
     for split in range(group.block_tables.shape[1]):
-        keys = _split_of(key_cache, group.block_tables[:, split])
-        values = _split_of(value_cache, group.block_tables[:, split])
+        num_keys = min(longest - split * KEY_SPLIT, KEY_SPLIT)
+        keys = _split_of(key_cache, group.block_tables[:, split], num_keys)
+        values = _split_of(value_cache, group.block_tables[:, split], num_keys)
+        scores = _multiply(packed, keys.transpose(2, 3))
         key_positions = torch.arange(split * KEY_SPLIT, (split + 1) * KEY_SPLIT)
-        all_visible = int(key_positions[-1]) <= lowest
-        if not all_visible:
-            hidden = key_positions > row_positions.unsqueeze(-1)
+        if key_positions[-1] > lowest:
+            scores.masked_fill_(key_positions > row_positions, float("-inf"))
             # Whatever a block holds past the sequence's end, NaN included, must not meet a weight of 0.
-            values = values.masked_fill((key_positions >= group.lens.unsqueeze(1)).unsqueeze(-1), 0.0)
-        for head in range(num_kv_heads):
-            scores = torch.bmm(packed[head], keys[head].expand(tiles, -1, -1).transpose(1, 2))
-            if not all_visible:
-                scores.masked_fill_(hidden, float("-inf"))
-            new_max = torch.maximum(running_max[head], scores.amax(-1, keepdim=True))
-            probabilities = scores.sub_(new_max).exp_()
-            rescale = torch.exp(running_max[head] - new_max)
-            running_max[head] = new_max
-            running_sum[head] = running_sum[head] * rescale + probabilities.sum(-1, keepdim=True)
-            products = torch.bmm(probabilities, values[head].expand(tiles, -1, -1))
-            weighted[head] = weighted[head] * rescale + products
+            values.masked_fill_((key_positions >= group.lens.unsqueeze(1)).unsqueeze(-1), 0.0)
+        new_max = torch.maximum(running_max, scores.amax(-1, keepdim=True))
+        probabilities = scores.sub_(new_max).exp_()
+        rescale = running_max.sub_(new_max).exp_()
+        running_sum.mul_(rescale).add_(probabilities.sum(-1, keepdim=True))
+        weighted.mul_(rescale).add_(_multiply(probabilities, values))
+        running_max = new_max
     normed = (weighted / running_sum).view(num_kv_heads, tiles, QUERY_TILE, group_size, head_dim)
     return normed.permute(1, 2, 0, 3, 4).reshape(q.shape)
 
 
-def _split_of(cache: Tensor, blocks: Tensor) -> Tensor:
-    """cache [B, KV, P, D], blocks int64 [sequences, blocks in a split] -> float32 [KV, sequences, KEY_SPLIT, D]."""
-    return cache[blocks].permute(2, 0, 1, 3, 4).flatten(2, 3).float()
+def _split_of(cache: Tensor, blocks: Tensor, num_keys: int) -> Tensor:
+    """cache [B, KV, P, D], blocks int64 [sequences, blocks in a split], num_keys: how many of the split the longest
+    sequence has -> float32 [KV, sequences, KEY_SPLIT, D], zero from the first block on that nobody has."""
+    num_blocks = -(-num_keys // cache.shape[2])
+    gathered = cache.transpose(0, 1)[:, blocks[:, :num_blocks]].flatten(2, 3)
+    if gathered.shape[2] == KEY_SPLIT:
+        return gathered.float()
+    out = torch.zeros(gathered.shape[0], gathered.shape[1], KEY_SPLIT, gathered.shape[3])
+    out[:, :, : gathered.shape[2]] = gathered
+    return out
+
+
+def _multiply(x: Tensor, y: Tensor) -> Tensor:
+    """x [KV, tiles, R, K], y [KV, sequences, K, N] -> [KV, tiles, R, N], always products of R rows: one sequence's
+    keys or values meet all tiles, or each tile its own's."""
+    num_kv_heads, tiles, rows, _ = x.shape
+    if y.shape[1] == tiles:
+        return torch.bmm(x.flatten(0, 1), y.flatten(0, 1)).view(num_kv_heads, tiles, rows, -1)
+    out = torch.empty(num_kv_heads, tiles, rows, y.shape[-1])
+    for head in range(num_kv_heads):
+        torch.bmm(x[head], y[head].expand(tiles, -1, -1), out=out[head])
+    return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -439,8 +440,19 @@ def make(*arguments: str) -> list[list[str]]:
     """-> the commands that `make` would run, as words. Runs none of them."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
+    # The tests may have been started by a `make` whose own arguments must not reach this one.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("MAKE") and name not in ("ARGS", "MODEL")
+    }
     result = subprocess.run(
-        ["make", "--dry-run", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "--no-print-directory", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return [shlex.split(line, comments=True) for line in result.stdout.splitlines()[-1:]]
 
