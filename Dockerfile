@@ -56,11 +56,8 @@ RUN echo 'pronk:x:10001:10001:Pronk:/var/lib/pronk:/usr/sbin/nologin' >> /etc/pa
     mkdir -p /var/lib/pronk && chown 10001:10001 /var/lib/pronk
 COPY --from=build /opt/pronk /opt/pronk
 
-# PASSIVE: a container shares its cores or has a quota of them, and threads that spin while they wait for one another
-# then cost more than they win: 300 tokens took 58 s instead of 3 s beside two other busy processes on two cores.
 ENV PATH=/opt/pronk/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    OMP_WAIT_POLICY=PASSIVE \
     HF_HOME=/var/lib/pronk/huggingface \
     PRONK_HOST=0.0.0.0 \
     PRONK_PORT=8000
