@@ -277,8 +277,8 @@ class _EngineState(Collector):
         free = stats.blocks_total - stats.blocks_used - stats.blocks_cached
         yield self._by_state(
             GaugeMetricFamily(
-                PREFIX + "kv_blocks",
-                "Blocks of the KV cache: used by running requests, cached for a later prefix, or free.",
+                PREFIX + "kv_pages",
+                "Pages (blocks) of the KV cache: used by running requests, cached for a later prefix, or free.",
                 labels=["model", "state"],
             ),
             {"used": stats.blocks_used, "cached": stats.blocks_cached, "free": free},
@@ -301,7 +301,11 @@ class _EngineState(Collector):
             ("preemptions", "Requests put back to waiting because the KV cache was full.", stats.preemptions),
             ("prefix_cache_query_tokens", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
             ("prefix_cache_hit_tokens", "Prompt tokens found there.", stats.prefix_hit_tokens),
-            ("prefix_cache_evicted_blocks", "Blocks whose prefix made room for others.", stats.prefix_evicted_blocks),
+            (
+                "prefix_cache_evicted_pages",
+                "Pages (blocks) whose prefix made room for others.",
+                stats.prefix_evicted_blocks,
+            ),
             (
                 "nonfinite_logits",
                 "Requests that failed because the model produced NaN or infinity.",

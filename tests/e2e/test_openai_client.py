@@ -183,7 +183,7 @@ async def test_32_at_once_answer_as_each_alone(server: Server) -> None:
         server.metric("pronk_requests_total", outcome="length") + server.metric("pronk_requests_total", outcome="stop")
         == 64
     )
-    until(lambda: server.metric("pronk_kv_blocks", state="used") == 0)
+    until(lambda: server.metric("pronk_kv_pages", state="used") == 0)
 
 
 async def test_tokens_are_counted_exactly(own_server: Server) -> None:
@@ -211,7 +211,7 @@ async def test_clients_that_leave_free_their_blocks(server: Server) -> None:
     async with client_of(server) as client:
         streams = await asyncio.gather(*(client.chat.completions.create(**long_request(n)) for n in range(4)))
         await asyncio.gather(*(anext(aiter(stream)) for stream in streams))
-        assert server.metric("pronk_kv_blocks", state="used") > 0
+        assert server.metric("pronk_kv_pages", state="used") > 0
         for stream in streams:
             await stream.close()
         whole = asyncio.create_task(client.chat.completions.create(**{**long_request(9), "stream": False}))
@@ -220,7 +220,7 @@ async def test_clients_that_leave_free_their_blocks(server: Server) -> None:
         whole.cancel()
         await asyncio.gather(whole, return_exceptions=True)
     until(lambda: server.metric("pronk_requests_total", outcome="client_abort") == aborted + 5)
-    until(lambda: server.metric("pronk_kv_blocks", state="used") == 0)
+    until(lambda: server.metric("pronk_kv_pages", state="used") == 0)
     assert server.metric("pronk_requests_running") == 0
 
 

@@ -109,14 +109,14 @@ async def test_gauges_are_read_when_they_are_scraped(connect: Connect) -> None:
     samples = await scrape(client)
     assert value(samples, "requests_running") == 3
     assert value(samples, "requests_waiting") == 2
-    assert [value(samples, "kv_blocks", state=state) for state in ("used", "cached", "free")] == [30, 20, 50]
+    assert [value(samples, "kv_pages", state=state) for state in ("used", "cached", "free")] == [30, 20, 50]
     assert value(samples, "kv_cache_usage_ratio") == 0.3
     assert value(samples, "prompt_tokens_total", source="computed") == 7
     assert value(samples, "prompt_tokens_total", source="cached") == 5
     assert value(samples, "preemptions_total") == 1
     assert value(samples, "prefix_cache_query_tokens_total") == 12
     assert value(samples, "prefix_cache_hit_tokens_total") == 5
-    assert value(samples, "prefix_cache_evicted_blocks_total") == 4
+    assert value(samples, "prefix_cache_evicted_pages_total") == 4
     assert value(samples, "nonfinite_logits_total") == 6
     assert value(samples, "device_memory_bytes", device="cpu", kind="weights") == 2 << 30
 
