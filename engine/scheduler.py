@@ -3,7 +3,8 @@
 One rule: every running sequence has tokens that are known but not computed, and a step gives each as many of them as
 the budget allows. A prompt that needs several steps, an answer that grows by one token, a sequence that lost its
 blocks: all are the same to it. Sequences with one token left go first, so a long prompt never holds up running
-streams; then the others and the waiting ones, in order of arrival.
+streams; then the others and the waiting ones, in order of arrival. While somebody waits, a long prompt takes half of
+what is left of the budget, so that the next one need not wait until it is read.
 """
 
 from __future__ import annotations
@@ -78,11 +79,12 @@ class Scheduler:
                 break
             if sequence.status is not Status.RUNNING:  # preempted for one before it
                 continue
-            row = _next_row(sequence, budget)
+            row = _next_row(sequence, self._share(sequence, budget))
             if self._make_room(sequence, row.start + row.num_tokens, rows):
                 rows[sequence] = row
                 budget -= row.num_tokens
-        self._admit(budget, rows)
+        budget = self._admit(budget, rows)
+        self._use_up(budget, rows)
         return list(rows.values())
 
     def commit(self, rows: list[Row], sampled: Mapping[str, int]) -> None:
@@ -120,8 +122,22 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
-    def _admit(self, budget: int, rows: dict[Sequence, Row]) -> None:
-        """Start waiting sequences, oldest first, while budget, places and blocks last.
+    def _share(self, sequence: Sequence, budget: int) -> int:
+        """What a sequence may take of what is left: all; but half of it, rounded up, when it has much to compute and
+        others wait."""
+        much = sequence.num_remaining > self._max_num_batched_tokens // 2
+        return -(-budget // 2) if much and self.waiting else budget
+
+    def _use_up(self, budget: int, rows: dict[Sequence, Row]) -> None:
+        """Give what is left of the budget to rows that were cut for others who then could not use it."""
+        for sequence, row in rows.items():
+            longer = _next_row(sequence, row.num_tokens + budget)
+            if self.cache.grow(sequence, longer.start + longer.num_tokens):
+                rows[sequence] = longer
+                budget -= longer.num_tokens - row.num_tokens
+
+    def _admit(self, budget: int, rows: dict[Sequence, Row]) -> int:
+        """Start waiting sequences, oldest first, while budget, places and blocks last. -> what is left of the budget.
 
         One starts only if the free blocks hold all it knows beside what the running ones still need for what they
         know: else it would soon be preempted, or preempt.
@@ -138,7 +154,7 @@ class Scheduler:
             self.waiting.popleft()
             self.cache.adopt(sequence, matched)
             sequence.num_cached = max(sequence.num_cached, min(sequence.num_computed, sequence.num_prompt))
-            row = _next_row(sequence, budget)
+            row = _next_row(sequence, self._share(sequence, budget))
             if not self.cache.grow(sequence, row.start + row.num_tokens):
                 raise SchedulingError(f"request {sequence.request_id} does not fit into an empty cache")
             sequence.status = Status.RUNNING
@@ -146,6 +162,7 @@ class Scheduler:
             rows[sequence] = row
             budget -= row.num_tokens
             reserved += max(0, self.cache.blocks_for(sequence.num_tokens) - len(sequence.block_table))
+        return budget
 
 
 def _next_row(sequence: Sequence, budget: int) -> Row:

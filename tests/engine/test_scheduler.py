@@ -185,6 +185,31 @@ def test_decodes_go_before_a_long_prompt() -> None:
     assert stream.num_output == 5
 
 
+def test_a_long_prompt_leaves_room_for_the_next() -> None:
+    scheduler = make_scheduler(num_blocks=1000, budget=16)
+    long, short = make_sequence("long", [1] * 400, 5), make_sequence("short", [2] * 6, 5)
+    scheduler.add(long)
+    run_step(scheduler)
+    scheduler.add(short)
+    assert {row.sequence.request_id: row.num_tokens for row in run_step(scheduler)} == {"long": 10, "short": 6}
+    assert short.num_output == 1
+    for number in range(3):  # three more long ones cannot shut out the next either
+        scheduler.add(make_sequence(f"long {number}", [3 + number] * 400, 5))
+    last = make_sequence("last", [9], 5)
+    scheduler.add(last)
+    while not last.num_output:
+        run_step(scheduler)
+    assert long.num_computed < 100
+
+
+def test_what_nobody_else_can_use_is_not_left_unused() -> None:
+    scheduler = make_scheduler(num_blocks=1000, budget=16, seqs=1)
+    scheduler.add(make_sequence("long", [1] * 400, 5))
+    scheduler.add(make_sequence("waits for a place", [2] * 6, 5))
+    for _ in range(3):
+        assert [row.num_tokens for row in run_step(scheduler)] == [16]
+
+
 def test_a_prompt_is_read_in_chunks_and_samples_once() -> None:
     scheduler = make_scheduler(budget=7)
     scheduler.add(make_sequence("a", list(range(3)) * 5, 2))
