@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import datetime
 import itertools
+import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +24,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+# As the engine's own process has it; it must be there before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import psutil
 import serve
