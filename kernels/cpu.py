@@ -47,7 +47,7 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
 def describe(dtype: torch.dtype) -> str:
     """See `Kernels.describe`."""
     name = str(product_dtype(dtype)).removeprefix("torch.")
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()}, {name} products, {torch.get_num_threads()} threads)"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {name} products, {torch.get_num_threads()} threads"
 
 
 def pack(weight: Tensor) -> Weight:
