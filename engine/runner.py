@@ -84,7 +84,7 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
     started = time.monotonic()
     device = choose_device(config.device)
     checkpoint = open_checkpoint(folder, config.load_format, seed=config.seed or 0)
-    dtype = choose_dtype(config.dtype, checkpoint.config, device)
+    dtype = choose_dtype(config.dtype, checkpoint.config)
     kernels = for_device(device.type)
     with torch.inference_mode():
         model = llama.load(
@@ -130,9 +130,8 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, config: LlamaConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, config: LlamaConfig) -> torch.dtype:
     """ "auto" is the checkpoint's own."""
-    del device
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
         config.dtype if name == "auto" else name
     ]
