@@ -134,7 +134,6 @@ def engine_info(config: EngineConfig, runner: ModelRunner) -> wire.EngineInfo:
     """What the server wants to know of a loaded engine."""
     model = runner.model
     return wire.EngineInfo(
-        model=config.model,
         folder=config.model,
         num_parameters=model.config.num_parameters,
         dtype=str(runner.dtype).removeprefix("torch."),

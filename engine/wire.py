@@ -48,8 +48,6 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """The engine has loaded the model and made a first token: it can serve."""
 
-    model: str
-    """The folder or the Hub id that was loaded."""
     folder: str
     num_parameters: int
     dtype: str

@@ -270,7 +270,6 @@ def test_the_scrape_interval_is_told_to_grafana() -> None:
 def families() -> Iterator[Metric]:
     """What /metrics exports once a model is loaded."""
     info = EngineInfo(
-        model="cria",
         folder="cria",
         num_parameters=1,
         dtype="float32",

@@ -40,7 +40,7 @@ configs = st.builds(
     dtype=st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
     device=st.sampled_from(["auto", "cpu", "cuda"]),
     max_model_len=maybe() | st.integers(1, 2**20),
-    seed=int64,
+    seed=maybe() | int64,
     cache=caches,
     scheduler=schedulers,
 )

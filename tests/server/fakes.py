@@ -31,7 +31,6 @@ Script = Callable[[Request], Sequence[Output]]
 def info(**changes: Any) -> EngineInfo:
     """A small engine's description."""
     facts: dict[str, Any] = {
-        "model": "/models/tiny",
         "folder": "/models/tiny",
         "num_parameters": 1_235_814_400,
         "dtype": "bfloat16",
