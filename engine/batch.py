@@ -47,12 +47,14 @@ def build(rows: Rows[Row], block_size: int, device: torch.device) -> Batch:
         slots.append(table[place // block_size] * block_size + place % block_size)
     widest = max(len(row.sequence.block_table) for row in rows)
     queries = Queries(
-        starts=torch.tensor(starts),
-        lens=torch.tensor([row.num_tokens for row in rows]),
-        context_lens=torch.tensor([row.start + row.num_tokens for row in rows]),
+        starts=torch.tensor(starts, device=device),
+        lens=torch.tensor([row.num_tokens for row in rows], device=device),
+        context_lens=torch.tensor([row.start + row.num_tokens for row in rows], device=device),
         block_tables=torch.tensor(
-            [row.sequence.block_table + [0] * (widest - len(row.sequence.block_table)) for row in rows]
+            [row.sequence.block_table + [0] * (widest - len(row.sequence.block_table)) for row in rows], device=device
         ),
+        max_len=max(row.num_tokens for row in rows),
+        max_context_len=max(row.start + row.num_tokens for row in rows),
     )
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),

@@ -15,15 +15,29 @@ from pronk.engine.errors import InvalidParameterError
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP = 16
+MAX_ALLOWED = 1 << 17
+MAX_BAD_WORDS = 1024
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+GrammarKind = Literal["json", "regex", "choice", "lark", "gbnf"]
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What a completion's text must be, from its first token to its end."""
+
+    kind: GrammarKind
+    """json: `text` is a JSON schema; choice: a JSON list of strings; lark, gbnf: a grammar in that notation."""
+    text: str
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen and when a completion ends. Validated: an instance holds values that can run.
 
     The order in which they act on a row of logits: logit_bias, repetition_penalty, presence_penalty and
-    frequency_penalty, min_tokens, then temperature, then top_k, top_p and min_p on what is left.
+    frequency_penalty, then what is forbidden (grammar, allowed_token_ids, bad_words, min_tokens), then temperature,
+    then top_k, top_p and min_p on what is left.
     """
 
     temperature: float = 1.0
@@ -60,6 +74,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Stop tokens cannot be chosen, and stop texts do not count, before the completion holds this many tokens."""
     logprobs: int | None = None
     """None: no logprobs; N: the chosen token's and those of the N most likely."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first, given what is before it. The prompt is computed whole."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Not empty: only these tokens can be sampled."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that the completion does not come to hold: their last token cannot follow the others."""
+    grammar: Grammar | None = None
+    """What the completion's text must be; it ends where the text is complete and nothing can follow."""
 
     def __post_init__(self) -> None:
         _in_range("temperature", self.temperature, 0, 2)
@@ -87,8 +109,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameterError("min_tokens must not be more than max_tokens", "min_tokens")
-        if self.logprobs is not None:
-            _in_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name, wanted in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if wanted is not None:
+                _in_range(name, wanted, 0, MAX_LOGPROBS)
+        if len(self.allowed_token_ids) > MAX_ALLOWED:
+            raise InvalidParameterError(f"allowed_token_ids may name at most {MAX_ALLOWED} tokens", "allowed_token_ids")
+        if len(self.bad_words) > MAX_BAD_WORDS or any(not 0 < len(word) <= MAX_BAD_WORDS for word in self.bad_words):
+            raise InvalidParameterError(
+                f"bad_words may name at most {MAX_BAD_WORDS} sequences of 1 to {MAX_BAD_WORDS} tokens", "bad_words"
+            )
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:
@@ -104,6 +133,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     cache_salt: str = ""
     """Prompts share cached blocks only under the same salt: one tenant cannot see another's by timing."""
+    priority: int = 0
+    """Requests wait in this order, lower ones first; among equals, in order of arrival."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -125,6 +156,12 @@ class Timing(msgspec.Struct, frozen=True, array_like=True):
     """From then until its first token was sampled."""
     decode: float
     """From then until the end."""
+    steps: int = 0
+    """Steps in which it was computed."""
+    preemptions: int = 0
+    """How often it lost its place and was computed again."""
+    computed_tokens: int = 0
+    """Tokens computed for it in all steps, those of preemptions again."""
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -139,7 +176,12 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The stop text or the stop token id that matched; None for the model's own end."""
     error: str | None = None
     """What went wrong, with finish_reason "error"."""
+    error_kind: str | None = None
+    """The name of the class in errors.py that says it, with finish_reason "error"."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache; sent with the first token and at the end."""
     timing: Timing | None = None
     """Sent at the end."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """When asked for: those of the next tokens of the prompt, in order, over as many outputs as it takes; all of them
+    come before or with the first token."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pronk.kernels import reference
-from pronk.kernels.interface import Queries
+from pronk.kernels.interface import LayerCache, Queries
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
@@ -169,10 +169,7 @@ class AttentionInputs:
 
     q: Tensor
     """[T, Q, D]"""
-    key_cache: Tensor
-    """[B, KV, P, D]"""
-    value_cache: Tensor
-    """[B, KV, P, D]"""
+    cache: LayerCache
     queries: Queries
     """Its block tables hold UNHELD past a sequence's blocks."""
     keys: tuple[Tensor, ...]
@@ -221,21 +218,23 @@ def attention_inputs(case: AttentionCase, dtype: torch.dtype, seed: int) -> Atte
     keys = tuple(normal(source, shape[0], chunk.context_len, shape[1], dtype=dtype) for chunk in case.chunks)
     values = tuple(normal(source, shape[0], chunk.context_len, shape[1], dtype=dtype) for chunk in case.chunks)
     lens = [chunk.num_tokens for chunk in case.chunks]
-    tables, key_cache, value_cache = paged(keys, values, case.block_size, source)
+    tables, cache = paged(keys, values, case.block_size, source)
     queries = Queries(
         starts=torch.tensor([sum(lens[:index]) for index in range(len(lens))]),
         lens=torch.tensor(lens),
         context_lens=torch.tensor([chunk.context_len for chunk in case.chunks]),
         block_tables=tables,
+        max_len=max(lens),
+        max_context_len=max(chunk.context_len for chunk in case.chunks),
     )
-    return AttentionInputs(q, key_cache, value_cache, queries, keys, values)
+    return AttentionInputs(q, cache, queries, keys, values)
 
 
 def paged(
     keys: tuple[Tensor, ...], values: tuple[Tensor, ...], block_size: int, source: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense keys and values of each sequence, [KV, context_len, D] -> block tables [S, most blocks] and two caches
-    [B, KV, P, D] that hold them in blocks of random order, among blocks of nobody."""
+) -> tuple[Tensor, LayerCache]:
+    """Dense keys and values of each sequence, [KV, context_len, D] -> block tables [S, most blocks] and a cache that
+    holds them in blocks of random order, among blocks of nobody."""
     num_kv_heads, _, head_dim = keys[0].shape
     counts = [-(-tensor.shape[1] // block_size) for tensor in keys]
     num_blocks = sum(counts) + 3
@@ -248,7 +247,7 @@ def paged(
         places = torch.arange(keys[index].shape[1])
         for cache, dense in zip(caches, (keys[index], values[index]), strict=True):
             cache[table[places // block_size], :, places % block_size] = dense.transpose(0, 1)
-    return tables, caches[0], caches[1]
+    return tables, LayerCache(*caches)
 
 
 def rope_inputs(case: RopeCase, dtype: torch.dtype, seed: int) -> RopeInputs:
@@ -315,9 +314,9 @@ def attention_bound(inputs: AttentionInputs, expected: Tensor, dtype: torch.dtyp
     is, relatively, its weight, and the sum of weights that divides it. Numerator and denominator are sums of as many
     terms as the sequence has keys; a merge of splits adds two roundings each, which these sums' bound leaves room for.
     """
-    q, keys, values = inputs.q.double(), inputs.key_cache.double(), inputs.value_cache.double()
-    plan = reference.plan_attention(inputs.queries, num_heads=q.shape[1], key_cache=keys)
-    mean_magnitude = reference.attention(q, keys, values.abs(), plan)
+    q, keys, values = inputs.q.double(), inputs.cache.keys.double(), inputs.cache.values.double()
+    plan = reference.plan_attention(inputs.queries, num_heads=q.shape[1], cache=inputs.cache)
+    mean_magnitude = reference.attention(q, LayerCache(keys, values.abs()), plan)
     head_dim = q.shape[-1]
     longest_key = keys.norm(dim=-1).nan_to_num(0.0).max()
     scores = q.norm(dim=-1, keepdim=True) * longest_key * head_dim**-0.5

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pronk.kernels import reference
-from pronk.kernels.interface import AttentionPlan, Queries, Weight
+from pronk.kernels.interface import AttentionPlan, LayerCache, Queries, Weight, WeightFormat
 
 ROW_TILE = 16
 """Rows of a product. AMX multiplies 16 rows in the time of one; few rows are bound by the weights' bytes anyway."""
@@ -32,6 +32,8 @@ embedding = reference.embedding
 rms_norm = reference.rms_norm
 add_rms_norm = reference.add_rms_norm
 rope_and_cache = reference.rope_and_cache
+
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("plain",)
 
 
 def has_bfloat16_products() -> bool:
@@ -50,8 +52,10 @@ def describe(dtype: torch.dtype) -> str:
     return f"{torch.backends.cpu.get_cpu_capability()}, {name} products, {torch.get_num_threads()} threads"
 
 
-def pack(weight: Tensor) -> Weight:
+def pack(weight: Tensor, format: WeightFormat = "plain") -> Weight:
     """See `Kernels.pack`. Kept as [N, K], in the dtype that is multiplied."""
+    if format not in WEIGHT_FORMATS:
+        raise ValueError(f"the CPU kernels have no {format} weights: choose {', '.join(WEIGHT_FORMATS)}")
     return Weight(weight.shape[0], weight.shape[1], weight.to(product_dtype(weight.dtype)).contiguous())
 
 
@@ -64,6 +68,23 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     for start in range(0, tiles * ROW_TILE, ROW_TILE):
         torch.mm(padded[start : start + ROW_TILE], weight.data.t(), out=out[start : start + ROW_TILE])
     return out[:num_rows].to(x.dtype)
+
+
+def linear_silu_mul(x: Tensor, weight: Weight) -> Tensor:
+    """See `Kernels.linear_silu_mul`."""
+    return silu_mul(linear(x, weight))
+
+
+def linear_argmax(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
+    """See `Kernels.linear_argmax`."""
+    return reference.largest(linear(x, weight))
+
+
+def linear_rope_and_cache(
+    x: Tensor, weight: Weight, positions: Tensor, cos_sin: Tensor, slots: Tensor, cache: LayerCache
+) -> Tensor:
+    """See `Kernels.linear_rope_and_cache`."""
+    return rope_and_cache(linear(x, weight), positions, cos_sin, slots, cache)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -101,9 +122,21 @@ class Plan:
     """Query heads for each KV head."""
 
 
-def plan_attention(queries: Queries, *, num_heads: int, key_cache: Tensor) -> Plan:
+def plan_attention(queries: Queries, *, num_heads: int, cache: LayerCache) -> Plan:
     """See `Kernels.plan_attention`. Sequences with one tile of tokens run together by length; others alone."""
-    _, num_kv_heads, block_size, _ = key_cache.shape
+    _, num_kv_heads, block_size, _ = cache.keys.shape
+    if cache.key_scales is not None:
+        raise ValueError("the CPU kernels read no scaled KV cache: leave --kv-cache-dtype at auto")
+    used = queries.lens > 0
+    if not used.all():
+        queries = Queries(
+            starts=queries.starts[used],
+            lens=queries.lens[used],
+            context_lens=queries.context_lens[used],
+            block_tables=queries.block_tables[used],
+            max_len=queries.max_len,
+            max_context_len=queries.max_context_len,
+        )
     single = queries.lens <= QUERY_TILE
     groups = [_plan_group(queries, torch.tensor([index]), block_size) for index in (~single).nonzero().flatten()]
     # Sequences of like length share a group, so that a short one does not walk a long one's keys.
@@ -136,19 +169,19 @@ def _plan_group(queries: Queries, sequences: Tensor, block_size: int) -> Group:
     )
 
 
-def attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan) -> Tensor:
+def attention(q: Tensor, cache: LayerCache, plan: AttentionPlan) -> Tensor:
     """See `Kernels.attention`. Scratch memory: one key split for each sequence, and its scores."""
     if not isinstance(plan, Plan):
         raise TypeError(f"the plan was made by another kernel set: {type(plan).__module__}")
     out = torch.empty_like(q)
     for group in plan.groups:
         rows = group.rows.flatten()[group.real]
-        attended = _attend(q[group.rows].float(), key_cache, value_cache, group, plan.group_size)
+        attended = _attend(q[group.rows].float(), cache, group, plan.group_size)
         out[rows] = attended.flatten(0, 1)[group.real].to(q.dtype)
     return out
 
 
-def _attend(q: Tensor, key_cache: Tensor, value_cache: Tensor, group: Group, group_size: int) -> Tensor:
+def _attend(q: Tensor, cache: LayerCache, group: Group, group_size: int) -> Tensor:
     """q float32 [tiles, QUERY_TILE, Q, D] -> the same shape. Online softmax over the splits (FlashAttention, Dao 2022,
     algorithm 1), in the order of their positions."""
     tiles, _, num_heads, head_dim = q.shape
@@ -164,8 +197,8 @@ def _attend(q: Tensor, key_cache: Tensor, value_cache: Tensor, group: Group, gro
     weighted = torch.zeros_like(packed)
     for split in range(group.block_tables.shape[1]):
         num_keys = min(longest - split * KEY_SPLIT, KEY_SPLIT)
-        keys = _split_of(key_cache, group.block_tables[:, split], num_keys)
-        values = _split_of(value_cache, group.block_tables[:, split], num_keys)
+        keys = _split_of(cache.keys, group.block_tables[:, split], num_keys)
+        values = _split_of(cache.values, group.block_tables[:, split], num_keys)
         scores = _multiply(packed, keys.transpose(2, 3))
         key_positions = torch.arange(split * KEY_SPLIT, (split + 1) * KEY_SPLIT)
         if key_positions[-1] > lowest:

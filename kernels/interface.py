@@ -10,11 +10,18 @@ Promise 1: a row of any result depends on that row of the inputs alone: not on T
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+WeightFormat = Literal["plain", "int8", "fp8", "int4"]
+"""How a linear layer's numbers are kept. plain: in the checkpoint's precision. int8 and fp8 (e4m3): symmetric, one
+float32 scale for each output. int4: symmetric, one scale for each group of 32 inputs of an output."""
+
+INT4_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -24,28 +31,120 @@ class Weight:
     out_features: int
     in_features: int
     data: Tensor
+    format: WeightFormat = "plain"
+    scales: Tensor | None = None
+    """float32: [N], or [N, K / INT4_GROUP] for int4; None for plain. Weight = data · scale."""
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values, in blocks."""
+
+    keys: Tensor
+    """[B, KV, P, D], in the activations' dtype, or float8_e4m3fn."""
+    values: Tensor
+    """As keys."""
+    key_scales: Tensor | None = None
+    """float32 [B, KV, P], with float8 only: key = keys · scale. One for each token and head: max |key| / 448, at least
+    the smallest normal float32; written together with the key."""
+    value_scales: Tensor | None = None
+    """As key_scales."""
+
+    @property
+    def nbytes(self) -> int:
+        scales = (self.key_scales, self.value_scales)
+        return self.keys.nbytes + self.values.nbytes + sum(t.nbytes for t in scales if t is not None)
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Which tokens of a step belong to which sequence, and where each sequence's keys are. All tensors on the CPU.
+    """Which tokens of a step belong to which sequence, and where each sequence's keys are.
 
-    A sequence's tokens are neighbours in the step, and the last of its keys: token j of n sits at position
-    context_lens - n + j and sees all positions up to its own.
+    All tensors are on the set's device, so that a captured step can be fed anew; what the host must know of them beside
+    their shapes, to choose how much to launch, is in two bounds. A sequence's tokens are neighbours in the step, and
+    the last of its keys: token j of n sits at position context_lens - n + j and sees all positions up to its own.
     """
 
     starts: Tensor
     """int64 [S]: first token of each sequence."""
     lens: Tensor
-    """int64 [S]: its number of tokens in this step, at least 1."""
+    """int64 [S]: its number of tokens in this step; 0 for a place in the batch that is not used."""
     context_lens: Tensor
     """int64 [S]: its number of keys, those of this step included."""
     block_tables: Tensor
     """int64 [S, most blocks]: its blocks in order; what lies past its keys is not read."""
+    max_len: int
+    """No sequence has more tokens in this step. 1: every sequence decodes."""
+    max_context_len: int
+    """No sequence has more keys."""
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """What R rows' next tokens depend on, beside their logits. All tensors on the set's device.
+
+    A row's logits change in this order: bias is added; the repetition penalty acts; presence and frequency penalties
+    are subtracted; what `mask` forbids becomes -inf. temperature 0 takes the largest, the lowest id among equals.
+    Otherwise logits are divided by the temperature, and tokens drop out: all but the top_k most likely; then those
+    before which the more likely ones of the rest already hold more than top_p of the rest's probability; then those
+    less than min_p times as likely as the first. Among equally likely tokens the lower id counts as more likely. One
+    token always stays. Of those that stay, the one with the largest weight / noise is taken, where noise is the
+    exponential variate of (key, token id): the exponential race, so that tokens are drawn with their probabilities.
+    """
+
+    temperature: Tensor
+    """float32 [R]"""
+    top_k: Tensor
+    """int32 [R]; 0: all."""
+    top_p: Tensor
+    """float32 [R]"""
+    min_p: Tensor
+    """float32 [R]"""
+    noise_keys: Tensor
+    """int64 [R]: 64 bits made of the request's seed and the position of the token to be sampled (`noise_key`)."""
+    repetition: Tensor
+    """float32 [R]: divides positive and multiplies negative logits of tokens that were seen; 1: none."""
+    presence: Tensor
+    """float32 [R]: subtracted once from tokens with a count."""
+    frequency: Tensor
+    """float32 [R]: subtracted count times."""
+    entry_starts: Tensor
+    """int32 [R + 1]: row r has the entries entry_starts[r] to entry_starts[r + 1] of the next four."""
+    entry_ids: Tensor
+    """int32 [E]: token ids, none twice in a row of the batch."""
+    entry_bias: Tensor
+    """float32 [E]: added; -inf forbids."""
+    entry_counts: Tensor
+    """int32 [E]: how often the completion holds the token."""
+    entry_seen: Tensor
+    """bool [E]: whether prompt or completion hold it; only looked at with a repetition penalty."""
+    mask: Tensor | None
+    """int32 [R, ceil(V / 32)]: bit t % 32 of word t // 32 set: token t may be sampled. None: all may, in all rows."""
+    top_n: int
+    """How many of the most likely tokens' log probabilities are wanted in any row; 0: none."""
+    greedy: bool
+    """Known to the host: every temperature is 0."""
+    plain: bool
+    """Known to the host: no row has an entry, and there is no mask."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `sample` found. Logarithms of probabilities are the model's own: before bias, penalties, masks, temperature
+    and filters."""
+
+    token_ids: Tensor
+    """int64 [R]; -1 where a logit was NaN or infinite."""
+    logprobs: Tensor
+    """float32 [R]: each token's."""
+    top_ids: Tensor
+    """int64 [R, top_n]: the most likely tokens, most likely first, the lower id first among equals."""
+    top_logprobs: Tensor
+    """float32 [R, top_n]"""
 
 
 class AttentionPlan(Protocol):
@@ -54,16 +153,35 @@ class AttentionPlan(Protocol):
 
 class Kernels(Protocol):
     """A set of operations. All tensors of a call are on the set's device; activations are float32, bfloat16 or
-    float16, and results have their dtype unless said. No operation changes its inputs, except the two caches."""
+    float16, and results have their dtype unless said. No operation changes its inputs, except the caches.
+
+    `linear_silu_mul` and `linear_rope_and_cache` are two operations in one, with the rounding in between kept: a set
+    that has no better way calls the one after the other, and a set that has gives the same bits either way.
+    """
+
+    @property
+    def WEIGHT_FORMATS(self) -> Collection[WeightFormat]:
+        """What `pack` can make."""
 
     def describe(self, dtype: torch.dtype) -> str:
         """In words, for the table at start: what runs the products and the attention for this dtype."""
 
-    def pack(self, weight: Tensor) -> Weight:
-        """weight [N, K], as a checkpoint stores it -> the form that `linear` reads. May keep or copy it."""
+    def pack(self, weight: Tensor, format: WeightFormat = "plain") -> Weight:
+        """weight [N, K], as a checkpoint stores it -> the form that `linear` reads. May keep or copy it.
+
+        Rounding to a scaled format is to the nearest, ties to even. Raises ValueError for a format that the set does
+        not have, or that does not divide K.
+        """
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """x [T, K] -> x · weightᵀ [T, N]; sums in float32, rounded once."""
+
+    def linear_silu_mul(self, x: Tensor, weight: Weight) -> Tensor:
+        """silu_mul(linear(x, weight)): weight [2F, K], gate first -> [T, F]."""
+
+    def linear_argmax(self, x: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
+        """-> the index of each row's largest of linear(x, weight), the lowest among equals: int64 [T], -1 where any of
+        them is NaN or infinite; and the largest itself, float32 [T]."""
 
     def embedding(self, ids: Tensor, table: Tensor) -> Tensor:
         """ids int64 [T], table [V, H] -> its rows [T, H]."""
@@ -84,23 +202,34 @@ class Kernels(Protocol):
         positions: Tensor,
         cos_sin: Tensor,
         slots: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
+        cache: LayerCache,
     ) -> Tensor:
         """Rotate queries and keys by their positions (RoFormer, Su et al. 2021), write keys and values, return queries.
 
         qkv [T, (Q + 2·KV)·D]; positions int64 [T]; cos_sin float32 [positions, D], cosines then sines of D/2 pairs,
-        pair i being (i, i + D/2); slots int64 [T]: block · P + place in the block; caches [B, KV, P, D].
-        -> queries [T, Q, D]. Rotation in float32, rounded once.
+        pair i being (i, i + D/2); slots int64 [T]: block · P + place in the block; negative: nothing is
+        written. -> queries [T, Q, D]. Rotation in float32, rounded once to the activations' dtype; a float8 cache
+        rounds once more.
         """
 
-    def plan_attention(self, queries: Queries, *, num_heads: int, key_cache: Tensor) -> AttentionPlan:
-        """Work out one step. key_cache: any layer's, for its shape and device; num_heads: Q."""
+    def linear_rope_and_cache(
+        self,
+        x: Tensor,
+        weight: Weight,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slots: Tensor,
+        cache: LayerCache,
+    ) -> Tensor:
+        """rope_and_cache(linear(x, weight), ...): weight [(Q + 2·KV)·D, K] -> queries [T, Q, D]."""
 
-    def attention(self, q: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan) -> Tensor:
+    def plan_attention(self, queries: Queries, *, num_heads: int, cache: LayerCache) -> AttentionPlan:
+        """Work out one step. cache: any layer's, for its shape and device; num_heads: Q."""
+
+    def attention(self, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> Tensor:
         """Causal attention of the step's tokens over their sequences' cached keys, their own included.
 
-        q [T, Q, D]; caches [B, KV, P, D]; query head h reads KV head h // G; scores are scaled by D^-1/2; softmax in
+        q [T, Q, D]; query head h reads KV head h // G; scores are scaled by D^-1/2; softmax in
         float32. -> [T, Q, D]. Blocks that a sequence does not hold, and places past its length, may hold anything:
-        they never reach the result.
+        they never reach the result. Rows of tokens that belong to no sequence may hold anything.
         """

@@ -12,6 +12,7 @@ from torch import Tensor
 from pronk.engine.config import CacheConfig, parse_bytes
 from pronk.engine.errors import ConfigError
 from pronk.engine.model.config import LlamaConfig
+from pronk.kernels.interface import LayerCache
 
 FREE_SHARE = 0.4
 CPU_DEFAULT_LIMIT = 4 << 30
@@ -19,14 +20,13 @@ CPU_DEFAULT_LIMIT = 4 << 30
 
 @dataclass(frozen=True)
 class KVCache:
-    """keys[i] and values[i] belong to layer i: [blocks, KV heads, block_size, head_dim]; zero where never written."""
+    """Each layer's blocks; zero where never written."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    layers: list[LayerCache]
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.keys + self.values)
+        return sum(layer.nbytes for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,12 @@ def allocate(
     Raises ConfigError when the system gives no such memory.
     """
     shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
-    tensors = [_zeros(shape, dtype, device) for _ in range(2 * config.num_hidden_layers)]
-    return KVCache(tensors[::2], tensors[1::2])
+    return KVCache(
+        [
+            LayerCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
+            for _ in range(config.num_hidden_layers)
+        ]
+    )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -46,17 +46,16 @@ class Llama:
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Write the batch's keys and values into the cache. -> float32 logits [R, V] of its logit_rows."""
         kernels, eps = self.kernels, self.config.rms_norm_eps
-        plan = kernels.plan_attention(batch.queries, num_heads=self.config.num_attention_heads, key_cache=cache.keys[0])
+        plan = kernels.plan_attention(batch.queries, num_heads=self.config.num_attention_heads, cache=cache.layers[0])
         residual = kernels.embedding(batch.token_ids, self.embedding)
         normed = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
         # The norm that opens a block is taken where the one before ends, together with its addition.
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
-        for layer, next_norm, keys, values in zip(self.layers, next_norms, cache.keys, cache.values, strict=True):
-            qkv = kernels.linear(normed, layer.qkv)
-            q = kernels.rope_and_cache(qkv, batch.positions, self.cos_sin, batch.slots, keys, values)
-            attended = kernels.linear(kernels.attention(q, keys, values, plan).flatten(1), layer.o)
+        for layer, next_norm, kv in zip(self.layers, next_norms, cache.layers, strict=True):
+            q = kernels.linear_rope_and_cache(normed, layer.qkv, batch.positions, self.cos_sin, batch.slots, kv)
+            attended = kernels.linear(kernels.attention(q, kv, plan).flatten(1), layer.o)
             normed, residual = kernels.add_rms_norm(attended, residual, layer.post_attention_norm, eps)
-            mlp = kernels.linear(kernels.silu_mul(kernels.linear(normed, layer.gate_up)), layer.down)
+            mlp = kernels.linear(kernels.linear_silu_mul(normed, layer.gate_up), layer.down)
             normed, residual = kernels.add_rms_norm(mlp, residual, next_norm, eps)
         return kernels.linear(normed[batch.logit_rows], self.head).float()
 

@@ -153,8 +153,8 @@ def test_no_room_for_a_block_is_refused(arguments: dict[str, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_cache_is_zero_and_its_layers_are_apart(dtype: torch.dtype) -> None:
     cache = allocate(TINY, 5, 16, dtype=dtype, device=CPU)
-    tensors = cache.keys + cache.values
-    assert len(cache.keys) == len(cache.values) == TINY.num_hidden_layers
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    assert len(cache.layers) == TINY.num_hidden_layers
     for tensor in tensors:
         assert tensor.shape == (5, 2, 16, 16)
         assert tensor.dtype == dtype
@@ -179,8 +179,8 @@ def test_pages_are_taken_when_they_are_written() -> None:
     cache = allocate(config, num_blocks, 16, dtype=torch.bfloat16, device=CPU)
     assert cache.nbytes == GIB
     assert resident_bytes() - before < 16 * 2**20
-    cache.keys[0][: num_blocks // 8] = 1.0
-    written = cache.keys[0].nbytes // 8
+    cache.layers[0].keys[: num_blocks // 8] = 1.0
+    written = cache.layers[0].keys.nbytes // 8
     assert written <= resident_bytes() - before < written + 16 * 2**20
 
 

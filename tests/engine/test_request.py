@@ -8,7 +8,15 @@ import msgspec
 import pytest
 
 from pronk.engine.errors import InvalidParameterError, RequestError
-from pronk.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP, Request, SamplingParams
+from pronk.engine.request import (
+    MAX_ALLOWED,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP,
+    Request,
+    SamplingParams,
+)
 
 INF, NAN = math.inf, math.nan
 above, below = math.nextafter(2, 3), math.nextafter(0, -1)
@@ -27,6 +35,9 @@ LEGAL: list[tuple[str, list[object]]] = [
     ("max_tokens", [None, 1, 2**40]),
     ("min_tokens", [0, 1, 2**31 - 1]),
     ("logprobs", [None, 0, 1, MAX_LOGPROBS]),
+    ("prompt_logprobs", [None, 0, 1, MAX_LOGPROBS]),
+    ("allowed_token_ids", [(), (0,), tuple(range(1000))]),
+    ("bad_words", [(), ((1,), (1, 2, 3))]),
 ]
 ILLEGAL: list[tuple[str, list[object]]] = [
     ("temperature", [below, above, -1, INF, -INF, NAN]),
@@ -45,6 +56,9 @@ ILLEGAL: list[tuple[str, list[object]]] = [
     ("max_tokens", [0, -1]),
     ("min_tokens", [-1, 2**31]),
     ("logprobs", [-1, MAX_LOGPROBS + 1]),
+    ("prompt_logprobs", [-1, MAX_LOGPROBS + 1]),
+    ("allowed_token_ids", [tuple(range(MAX_ALLOWED + 1))]),
+    ("bad_words", [((),), ((1,),) * (MAX_BAD_WORDS + 1), ((1,) * (MAX_BAD_WORDS + 1),)]),
 ]
 
 
@@ -71,7 +85,7 @@ def test_illegal(name: str, value: object) -> None:
 
 
 def test_the_tables_name_every_parameter_that_is_checked() -> None:
-    unchecked = {"stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"}
+    unchecked = {"grammar", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens"}
     names = set(SamplingParams.__struct_fields__) - unchecked
     assert {name for name, _ in LEGAL} == {name for name, _ in ILLEGAL} == names
 
@@ -113,6 +127,10 @@ def test_defaults_change_nothing() -> None:
         "max_tokens": None,
         "min_tokens": 0,
         "logprobs": None,
+        "prompt_logprobs": None,
+        "allowed_token_ids": (),
+        "bad_words": (),
+        "grammar": None,
     }
 
 

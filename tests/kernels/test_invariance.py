@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pronk.kernels import cases, cpu
 from pronk.kernels.cases import Heads
-from pronk.kernels.interface import Queries, Weight
+from pronk.kernels.interface import LayerCache, Queries, Weight
 
 POOL = 48
 """Rows that batches are drawn from."""
@@ -167,7 +167,7 @@ def test_rope_and_cache(heads: Heads, dtype: torch.dtype) -> None:
     def run(rows: Tensor) -> Tensor:
         caches = [torch.zeros(10, heads.num_kv_heads, 16, heads.head_dim, dtype=dtype) for _ in range(2)]
         slots = torch.randperm(160, generator=source)[: len(rows)]
-        q = cpu.rope_and_cache(inputs.qkv[rows], inputs.positions[rows], inputs.cos_sin, slots, *caches)
+        q = cpu.rope_and_cache(inputs.qkv[rows], inputs.positions[rows], inputs.cos_sin, slots, LayerCache(*caches))
         return torch.cat([q, *(cache[slots // 16, :, slots % 16] for cache in caches)], dim=1)
 
     assert_rows_stand_alone(run, torch.arange(POOL))
@@ -194,7 +194,7 @@ class Conversation:
         Only keys up to a piece's end are in the cache, as in a real step; the rest is NaN.
         """
         ends = [first + count for _, first, count in pieces]
-        tables, key_cache, value_cache = cases.paged(
+        tables, cache = cases.paged(
             tuple(self._keys[index][:, :end] for (index, _, _), end in zip(pieces, ends, strict=True)),
             tuple(self._values[index][:, :end] for (index, _, _), end in zip(pieces, ends, strict=True)),
             self.block_size,
@@ -206,10 +206,12 @@ class Conversation:
             lens=torch.tensor(lens),
             context_lens=torch.tensor(ends),
             block_tables=tables,
+            max_len=max(lens),
+            max_context_len=max(ends),
         )
         q = torch.cat([self._queries[index][first : first + count] for index, first, count in pieces])
-        plan = cpu.plan_attention(queries, num_heads=self.heads.num_heads, key_cache=key_cache)
-        return list(cpu.attention(q, key_cache, value_cache, plan).split(lens))
+        plan = cpu.plan_attention(queries, num_heads=self.heads.num_heads, cache=cache)
+        return list(cpu.attention(q, cache, plan).split(lens))
 
     def alone(self, index: int, position: int) -> Tensor:
         """A token as the only row of a step: [Q, D]."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pronk.kernels import cases, cpu, for_device, reference
 from pronk.kernels.cases import AttentionCase, AttentionInputs, LinearCase, RopeCase, RowsCase
-from pronk.kernels.interface import Kernels
+from pronk.kernels.interface import Kernels, LayerCache
 
 SETS = {"cpu": cpu, "reference": reference}
 """`reference` in the case's dtype is held to the same bounds: it is what runs where no faster set does."""
@@ -175,9 +175,9 @@ def test_silu_mul_far_from_zero(kernels: Kernels, dtype: torch.dtype) -> None:
 def test_rope_and_cache(kernels: Kernels, case: RopeCase, dtype: torch.dtype) -> None:
     inputs = cases.rope_inputs(case, dtype, seed=7)
     heads = case.heads
-    key_cache, value_cache = (torch.full(inputs.cache_shape, torch.nan, dtype=dtype) for _ in range(2))
+    cache = LayerCache(*(torch.full(inputs.cache_shape, torch.nan, dtype=dtype) for _ in range(2)))
     kept = inputs.qkv.clone()
-    actual = kernels.rope_and_cache(inputs.qkv, inputs.positions, inputs.cos_sin, inputs.slots, key_cache, value_cache)
+    actual = kernels.rope_and_cache(inputs.qkv, inputs.positions, inputs.cos_sin, inputs.slots, cache)
     assert torch.equal(inputs.qkv, kept)
     assert actual.dtype == dtype
 
@@ -189,11 +189,11 @@ def test_rope_and_cache(kernels: Kernels, case: RopeCase, dtype: torch.dtype) ->
 
     blocks, places = inputs.slots // case.block_size, inputs.slots % case.block_size
     expected = turned(k, table)
-    assert_within(key_cache[blocks, :, places], expected, cases.rope_bound(k, table, expected, dtype))
-    assert torch.equal(value_cache[blocks, :, places], v)
-    for cache in (key_cache, value_cache):
-        cache[blocks, :, places] = torch.nan
-        assert cache.isnan().all(), "a place that no slot names was written"
+    assert_within(cache.keys[blocks, :, places], expected, cases.rope_bound(k, table, expected, dtype))
+    assert torch.equal(cache.values[blocks, :, places], v)
+    for side in (cache.keys, cache.values):
+        side[blocks, :, places] = torch.nan
+        assert side.isnan().all(), "a place that no slot names was written"
 
 
 def turned(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -209,14 +209,14 @@ def turned(x: Tensor, cos_sin: Tensor) -> Tensor:
 @each(cases.ATTENTION)
 def test_attention(kernels: Kernels, case: AttentionCase, dtype: torch.dtype) -> None:
     inputs = cases.attention_inputs(case, dtype, seed=8)
-    kept = inputs.q.clone(), inputs.key_cache.clone(), inputs.value_cache.clone()
+    kept = inputs.q.clone(), inputs.cache.keys.clone(), inputs.cache.values.clone()
     actual = attend(kernels, inputs)
     expected = definition(inputs)
     assert actual.dtype == dtype
     assert_within(actual, expected, cases.attention_bound(inputs, expected, dtype))
     assert torch.equal(inputs.q, kept[0])
-    assert same_bits(inputs.key_cache, kept[1])
-    assert same_bits(inputs.value_cache, kept[2])
+    assert same_bits(inputs.cache.keys, kept[1])
+    assert same_bits(inputs.cache.values, kept[2])
 
 
 @each(cases.ATTENTION)
@@ -229,18 +229,19 @@ def test_the_definition_of_attention_is_torchs(case: AttentionCase) -> None:
 def test_attention_takes_no_other_sets_plan(kernels: Kernels) -> None:
     inputs = cases.attention_inputs(cases.ATTENTION[0], torch.float32, seed=8)
     with pytest.raises(TypeError, match="another kernel set"):
-        kernels.attention(inputs.q, inputs.key_cache, inputs.value_cache, object())
+        kernels.attention(inputs.q, inputs.cache, object())
 
 
 def attend(kernels: Kernels, inputs: AttentionInputs) -> Tensor:
-    plan = kernels.plan_attention(inputs.queries, num_heads=inputs.q.shape[1], key_cache=inputs.key_cache)
-    return kernels.attention(inputs.q, inputs.key_cache, inputs.value_cache, plan)
+    plan = kernels.plan_attention(inputs.queries, num_heads=inputs.q.shape[1], cache=inputs.cache)
+    return kernels.attention(inputs.q, inputs.cache, plan)
 
 
 def definition(inputs: AttentionInputs) -> Tensor:
     """The reference in float64 on the same numbers."""
-    plan = reference.plan_attention(inputs.queries, num_heads=inputs.q.shape[1], key_cache=inputs.key_cache)
-    return reference.attention(inputs.q.double(), inputs.key_cache.double(), inputs.value_cache.double(), plan)
+    plan = reference.plan_attention(inputs.queries, num_heads=inputs.q.shape[1], cache=inputs.cache)
+    cache = LayerCache(inputs.cache.keys.double(), inputs.cache.values.double())
+    return reference.attention(inputs.q.double(), cache, plan)
 
 
 def dense_attention(inputs: AttentionInputs) -> Tensor:
@@ -264,8 +265,8 @@ def test_the_definition_of_rope_is_transformers(head_dim: int, dtype: torch.dtyp
 
     case = RopeCase("", cases.Heads(head_dim, 2, 3), 16, 33)
     inputs = cases.rope_inputs(case, dtype, seed=9)
-    key_cache, value_cache = (torch.zeros(inputs.cache_shape, dtype=dtype) for _ in range(2))
-    q = reference.rope_and_cache(inputs.qkv, inputs.positions, inputs.cos_sin, inputs.slots, key_cache, value_cache)
+    cache = LayerCache(*(torch.zeros(inputs.cache_shape, dtype=dtype) for _ in range(2)))
+    q = reference.rope_and_cache(inputs.qkv, inputs.positions, inputs.cos_sin, inputs.slots, cache)
     cos, sin = inputs.cos_sin[inputs.positions].to(dtype).chunk(2, dim=-1)
     theirs_q, theirs_k = apply_rotary_pos_emb(
         inputs.qkv[:, : 6 * head_dim].view(1, 33, 6, head_dim),
@@ -275,7 +276,7 @@ def test_the_definition_of_rope_is_transformers(head_dim: int, dtype: torch.dtyp
         unsqueeze_dim=2,
     )
     assert torch.equal(q, theirs_q[0])
-    assert torch.equal(key_cache[inputs.slots // 16, :, inputs.slots % 16], theirs_k[0])
+    assert torch.equal(cache.keys[inputs.slots // 16, :, inputs.slots % 16], theirs_k[0])
 
 
 @each_dtype
@@ -306,7 +307,9 @@ def test_silu_mul_is_transformers_mlp_gate(dtype: torch.dtype) -> None:
 @each_set
 def test_a_set_has_every_operation(kernels: Kernels) -> None:
     """mypy holds the types; this holds the names and the way they are called, in a running program."""
-    operations = {name: member for name, member in vars(Kernels).items() if not name.startswith("_")}
+    operations = {
+        name: member for name, member in vars(Kernels).items() if inspect.isfunction(member) and name[0] != "_"
+    }
     assert "attention" in operations
     for name, declared in operations.items():
         ours = inspect.signature(getattr(kernels, name)).parameters.values()
