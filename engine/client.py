@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import subprocess
@@ -41,15 +42,15 @@ def check_request(request: Request, info: wire.EngineInfo) -> None:
     Raises ContextLengthError and InvalidParameterError; param names the field.
     """
     length, limit = len(request.prompt), info.max_model_len
+    max_tokens = request.params.max_tokens
     if not length:
         raise InvalidParameterError("the prompt is empty: it must hold at least one token", "prompt")
-    if length + 1 > limit:
+    if length + (max_tokens != 0) > limit:
         raise ContextLengthError(
             f"This model's maximum context length is {limit} tokens. However, the prompt holds {length} tokens, "
             "and an answer needs at least one more. Please shorten the prompt.",
             "messages",
         )
-    max_tokens = request.params.max_tokens
     if max_tokens is not None and length + max_tokens > limit:
         raise ContextLengthError(
             f"This model's maximum context length is {limit} tokens. However, you asked for {max_tokens} tokens after "
@@ -58,7 +59,13 @@ def check_request(request: Request, info: wire.EngineInfo) -> None:
         )
     if not all(0 <= token < info.vocab_size for token in request.prompt):
         raise InvalidParameterError(f"the prompt holds token ids outside 0..{info.vocab_size - 1}", "prompt")
-    for name, ids in (("logit_bias", request.params.logit_bias), ("stop_token_ids", request.params.stop_token_ids)):
+    params = request.params
+    for name, ids in (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids),
+        ("bad_words", itertools.chain.from_iterable(params.bad_words)),
+    ):
         if not all(0 <= token < info.vocab_size for token in ids):
             raise InvalidParameterError(f"{name} names token ids outside 0..{info.vocab_size - 1}", name)
 

@@ -1,5 +1,9 @@
 """EngineCore: the loop. schedule, launch, collect, commit.
 
+Where the device works beside the host, a step is planned and launched while the one before it runs: the tokens that
+the device has just sampled feed the next step there, and the host reads them one step late. A step computed for a
+sequence that turns out to have ended is thrown away. Without that (`runner.overlaps`) each step is collected at once.
+
 Knows requests by their tokens; not who sent them, nor over what. Two callers: `process` (the server's engine) and
 `llm` (offline), so both give the same answers.
 """
@@ -9,17 +13,29 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from pronk.engine.cache.manager import CacheManager
 from pronk.engine.config import EngineConfig
 from pronk.engine.detokenizer import Detokenizer
-from pronk.engine.request import Output, Request, Timing
-from pronk.engine.runner import ModelRunner
+from pronk.engine.errors import NonFiniteLogitsError, PronkError
+from pronk.engine.request import Output, Request, Timing, TokenLogprobs
+from pronk.engine.runner import Launched, ModelRunner
 from pronk.engine.sampling.sampler import Sampled
 from pronk.engine.scheduler import Row, Scheduler
 from pronk.engine.sequence import Sequence, Status
 from pronk.engine.tokenizer import Vocabulary
 from pronk.engine.wire import EngineStats
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was launched and not collected."""
+
+    rows: list[Row]
+    launched: Launched
+    started: float
+    """Seconds of the engine's clock."""
 
 
 class EngineCore:
@@ -48,12 +64,13 @@ class EngineCore:
         )
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Output] = []
+        self._running: Step | None = None
         self._counters = _Counters()
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to say."""
-        return self._scheduler.has_work or bool(self._ended)
+        return self._scheduler.has_work or self._running is not None or bool(self._ended)
 
     def add(self, request: Request) -> None:
         """Queue a request that was checked (client.check_request)."""
@@ -87,54 +104,81 @@ class EngineCore:
             if sequence is not None:
                 sequence.finish("abort")
                 self._scheduler.remove(sequence)
-                self._ended.append(self._output(sequence, None))
+                self._ended.append(self._output(sequence))
 
     def step(self) -> list[Output]:
-        """Run one step. -> what it added to each request, and how requests ended since the last."""
+        """Run one step. -> what was added to each request, and how requests ended, since the last."""
         outputs, self._ended = self._ended, []
+        previous, self._running = self._running, None
         rows = self._scheduler.schedule()
-        if not rows:
-            return outputs
-        started = self._clock()
-        self._count_scheduled(rows, started)
-        launched = self._runner.launch(rows)
-        sampled = self._runner.collect(launched)
-        return outputs + self._commit(rows, sampled, started)
-
-    def _commit(self, rows: list[Row], sampled: dict[str, Sampled], started: float) -> list[Output]:
-        now = self._clock()
-        for request_id, result in sampled.items():
-            sequence = self._sequences[request_id]
-            if result.token is None:
-                self._counters.nonfinite_logits += 1
-                sequence.finish("error")
-            elif sequence.first_token is None:
-                sequence.first_token = now
-        tokens = {request_id: result.token for request_id, result in sampled.items() if result.token is not None}
-        self._scheduler.commit(rows, tokens)
-        self._counters.generated_tokens += len(tokens)
-        self._counters.step_seconds = now - started
-        outputs = [self._output(self._sequences[request_id], result) for request_id, result in sampled.items()]
-        for output in outputs:
-            if output.finish_reason is not None:
-                del self._sequences[output.request_id]
+        if rows:
+            started = self._clock()
+            self._count_scheduled(rows, started)
+            forward = self._runner.forward(rows)
+            # What is sampled may depend on the tokens before it: the device computes while the host reads them.
+            if previous is not None and any(row.samples and row.sequence.needs_history for row in rows):
+                outputs += self._finish(previous)
+                previous = None
+            self._running = Step(rows, self._runner.launch(forward), started)
+        if previous is not None:
+            outputs += self._finish(previous)
+        if self._running is not None and not self._runner.overlaps:
+            outputs += self._finish(self._running)
+            self._running = None
         return outputs
 
-    def _output(self, sequence: Sequence, result: Sampled | None) -> Output:
-        """result: what was sampled in this step, or None when the sequence ends without it."""
-        token = result.token if result is not None else None
-        logprobs = result.logprobs if result is not None else None
+    def _finish(self, step: Step) -> list[Output]:
+        """Collect and commit."""
+        collected = self._runner.collect(step.launched)
+        now = self._clock()
+        # A sequence that ended while the step ran has had its last word.
+        alive = [row for row in step.rows if row.sequence.status is not Status.FINISHED]
+        sampling = (row.sequence for row in step.rows if row.samples)
+        sampled = dict(zip(sampling, collected.sampled, strict=True))
+        for row in alive:
+            self._judge(row.sequence, sampled.get(row.sequence), collected.prompt_logprobs.get(row.sequence, ()), now)
+        self._scheduler.commit(step.rows, [result.token for result in collected.sampled])
+        self._counters.step_seconds = now - step.started
+        outputs = []
+        for row in alive:
+            sequence = row.sequence
+            result, scored = sampled.get(sequence), collected.prompt_logprobs.get(sequence)
+            if result is not None or scored or sequence.status is Status.FINISHED:
+                outputs.append(self._output(sequence, result, scored))
+            if sequence.status is Status.FINISHED:
+                del self._sequences[sequence.request_id]
+        return outputs
+
+    def _judge(self, sequence: Sequence, result: Sampled | None, scored: Iterable[TokenLogprobs], now: float) -> None:
+        """End what cannot go on; note who has a first token."""
+        failed = result is not None and result.token is None
+        if failed or any(entry.logprob != entry.logprob for entry in scored):  # NaN
+            self._counters.nonfinite_logits += 1
+            sequence.fail(NonFiniteLogitsError("the model produced numbers that are not finite for this request"))
+        elif result is not None:
+            self._counters.generated_tokens += 1
+            if sequence.first_token is None:
+                sequence.first_token = now
+
+    def _output(
+        self, sequence: Sequence, result: Sampled | None = None, scored: list[TokenLogprobs] | None = None
+    ) -> Output:
+        """result: what was sampled in this step, or None when the sequence ends without it; scored: of its prompt."""
         ended = sequence.status is Status.FINISHED
-        failed = sequence.finish_reason == "error"
+        error: PronkError | None = sequence.error
+        token = result.token if result is not None and error is None else None
+        logprobs = result.logprobs if result is not None and token is not None else None
         return Output(
             request_id=sequence.request_id,
             token_ids=[] if token is None else [token],
             logprobs=None if logprobs is None else [logprobs],
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
-            error="the model produced numbers that are not finite for this request" if failed else None,
+            error=None if error is None else str(error),
+            error_kind=None if error is None else type(error).__name__,
             num_cached_tokens=sequence.num_cached,
             timing=self._timing(sequence) if ended else None,
+            prompt_logprobs=scored if error is None else None,
         )
 
     def _timing(self, sequence: Sequence) -> Timing:
@@ -142,7 +186,14 @@ class EngineCore:
         now = self._clock()
         scheduled = sequence.first_scheduled if sequence.first_scheduled is not None else now
         first_token = sequence.first_token if sequence.first_token is not None else now
-        return Timing(scheduled - sequence.arrival, first_token - scheduled, now - first_token)
+        return Timing(
+            scheduled - sequence.arrival,
+            first_token - scheduled,
+            now - first_token,
+            sequence.steps,
+            sequence.preemptions,
+            sequence.computed_tokens,
+        )
 
     def _count_scheduled(self, rows: list[Row], now: float) -> None:
         counters = self._counters

@@ -104,8 +104,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidParameterError(f"stop may hold at most {MAX_STOP} texts", "stop")
         if any(not text for text in self.stop):
             raise InvalidParameterError("stop must not hold an empty text", "stop")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidParameterError("max_tokens must be at least 1", "max_tokens")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise InvalidParameterError("max_tokens must not be negative", "max_tokens")
         _in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameterError("min_tokens must not be more than max_tokens", "min_tokens")

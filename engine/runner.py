@@ -12,29 +12,55 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from pronk.engine import batch as batches
+from pronk.engine.batch import Batch, BatchBuilder, layout_of
 from pronk.engine.cache import memory
 from pronk.engine.config import EngineConfig
 from pronk.engine.errors import ConfigError
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
+from pronk.engine.request import TokenLogprobs
 from pronk.engine.sampling.sampler import Sampled, SampleRow, sample
 from pronk.engine.scheduler import Row
+from pronk.engine.sequence import Sequence
 from pronk.engine.weights.checkpoint import open_checkpoint
 from pronk.engine.weights.progress import track
 from pronk.kernels import for_device
 
 CPU_STEP_TOKENS = 256
 GPU_STEP_TOKENS = 4096
+SCORED_TOGETHER = 64
+"""Rows of logits that are worked out at once for log probabilities of a prompt: 32 MB of a large vocabulary."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A step whose tokens are computed, and none sampled."""
+
+    rows: Rows[Row]
+    batch: Batch
+    hidden: Tensor
+    """[T, H], after the final norm."""
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A step under way: what `collect` turns into tokens."""
+    """A step under way: what `collect` waits for."""
 
-    rows: list[Row]
+    rows: Rows[Row]
     sampled: list[Sampled]
+    prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a step found."""
+
+    sampled: list[Sampled]
+    """For each row that samples, in order."""
+    prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
+    """For each sequence with a row that scores: the next tokens of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +74,52 @@ class ModelRunner:
     dtype: torch.dtype
     block_size: int
     max_num_batched_tokens: int
+    builder: BatchBuilder
+    last_tokens: Tensor
+    """int64 [slots + 1], on the device: the token that each slot's sequence sampled last; padding has the last."""
+    overlaps: bool
+    """Whether a step is to be launched while the one before it runs."""
     load_seconds: float
 
-    def launch(self, rows: Rows[Row]) -> Launched:
-        """Compute a step: keys and values of every row's tokens, and the next token of those rows that sample."""
-        batch = batches.build(rows, self.block_size, self.device)
+    def forward(self, rows: Rows[Row]) -> Forward:
+        """Compute a step: keys and values of every row's tokens."""
+        layout = layout_of(rows, self.block_size)
+        buffer = torch.empty(layout.size, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self.builder.fill(rows, layout, buffer.numpy())
+        batch = layout.batch(buffer.to(self.device, non_blocking=True))
         with torch.inference_mode():
-            logits = self.model.forward(batch, self.cache)
-            sampling = [row for row in rows if row.samples]
-            sampled = sample(logits, [_sample_row(row) for row in sampling])
-        return Launched(sampling, sampled)
+            known = batch.from_slots < 0
+            token_ids = torch.where(known, batch.token_ids, self.last_tokens[batch.from_slots.clamp(min=0)])
+            return Forward(rows, batch, self.model.forward(token_ids, batch, self.cache))
 
-    def collect(self, launched: Launched) -> dict[str, Sampled]:
-        """-> what each sampling row's request got, by request id."""
-        return {row.sequence.request_id: sampled for row, sampled in zip(launched.rows, launched.sampled, strict=True)}
+    def launch(self, forward: Forward) -> Launched:
+        """Sample the next token of those rows that sample, and keep it for the step after."""
+        sampling = [row for row in forward.rows if row.samples]
+        with torch.inference_mode():
+            prompt_logprobs = self._score_prompts(forward)
+            sampled = []
+            if sampling:
+                logits = self.model.logits(forward.hidden[forward.batch.logit_rows]).float()
+                sampled = sample(logits, [_sample_row(row) for row in sampling])
+                self.last_tokens[forward.batch.to_slots] = torch.tensor([result.token or 0 for result in sampled])
+        return Launched(forward.rows, sampled, prompt_logprobs)
+
+    def collect(self, launched: Launched) -> Collected:
+        """Wait for a step's results."""
+        return Collected(launched.sampled, launched.prompt_logprobs)
+
+    def _score_prompts(self, forward: Forward) -> dict[Sequence, list[TokenLogprobs]]:
+        scored: dict[Sequence, list[TokenLogprobs]] = {}
+        first = 0
+        for row in forward.rows:
+            top_n = row.sequence.params.prompt_logprobs or 0
+            for start in range(row.scores.start, row.scores.stop, SCORED_TOGETHER):
+                end = min(start + SCORED_TOGETHER, row.scores.stop)
+                hidden = forward.hidden[first + start - row.start : first + end - row.start]
+                entries = score(self.model.logits(hidden).float(), row.sequence.tokens[start + 1 : end + 1], top_n)
+                scored.setdefault(row.sequence, []).extend(entries)
+            first += row.num_tokens
+        return scored
 
 
 def _sample_row(row: Row) -> SampleRow:
@@ -69,11 +127,19 @@ def _sample_row(row: Row) -> SampleRow:
     return SampleRow(
         params=sequence.params,
         seed=sequence.seed,
-        position=sequence.num_tokens,
+        position=row.end,
         output_counts=sequence.output_counts,
         prompt_ids=sequence.prompt_ids,
-        forbidden_ids=sequence.forbidden_ids,
+        forbidden_ids=sequence.ending_ids(row.end),
     )
+
+
+def score(logits: Tensor, token_ids: list[int], top_n: int) -> list[TokenLogprobs]:
+    """logits float32 [R, V] -> the log probabilities of one token each, and of the top_n most likely."""
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1)
+    top, ids = logprobs.topk(top_n, dim=-1)
+    return [TokenLogprobs(*entry) for entry in zip(chosen.tolist(), ids.tolist(), top.tolist(), strict=True)]
 
 
 def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int], None]) -> ModelRunner:
@@ -105,6 +171,7 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
             max_model_len=config.max_model_len,
         )
         cache = memory.allocate(checkpoint.config, plan.num_blocks, config.cache.block_size, dtype=dtype, device=device)
+        last_tokens = torch.zeros(config.scheduler.max_num_seqs + 1, dtype=torch.int64, device=device)
     default_tokens = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
     return ModelRunner(
         model=model,
@@ -114,6 +181,13 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
         dtype=dtype,
         block_size=config.cache.block_size,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens or default_tokens,
+        builder=BatchBuilder(
+            num_slots=config.scheduler.max_num_seqs,
+            max_model_len=plan.max_model_len,
+            block_size=config.cache.block_size,
+        ),
+        last_tokens=last_tokens,
+        overlaps=device.type == "cuda",
         load_seconds=time.monotonic() - started,
     )
 

@@ -3,14 +3,17 @@
 One rule: every running sequence has tokens that are known but not computed, and a step gives each as many of them as
 the budget allows. A prompt that needs several steps, an answer that grows by one token, a sequence that lost its
 blocks: all are the same to it. Sequences with one token left go first, so a long prompt never holds up running
-streams; then the others and the waiting ones, in order of arrival. While somebody waits, a long prompt takes half of
-what is left of the budget, so that the next one need not wait until it is read.
+streams; then the others and the waiting ones, in order of priority and arrival. While somebody waits, a long prompt
+takes half of what is left of the budget, so that the next one need not wait until it is read.
+
+A step may be planned while the one before it runs: what is handed out counts as computed, and tokens that are not read
+yet as tokens.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
+import bisect
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 from pronk.engine.cache.manager import CacheManager
@@ -30,21 +33,32 @@ class Row:
     start: int
     num_tokens: int
     samples: bool
-    """Whether the step reaches its last known token, so that its logits choose the next."""
+    """Whether the step reaches its last token, so that its logits choose the next."""
+    scores: range = range(0)
+    """Positions of the prompt whose next tokens' log probabilities are wanted, and were not told before."""
+
+    @property
+    def end(self) -> int:
+        """The first position after those that are computed: where the sampled token will stand."""
+        return self.start + self.num_tokens
 
 
 class Scheduler:
     """Continuous batching over one cache.
 
     Invariants after every call: a sequence is in exactly one of `waiting` and `running` until it has finished;
-    only running sequences hold blocks; the oldest running sequence is never preempted, so one always moves on.
+    only running sequences hold blocks, and a slot each, a number below max_num_seqs that no other has; the oldest
+    running sequence is never preempted, so one always moves on; none is preempted while a step runs.
     """
 
     def __init__(self, cache: CacheManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.cache = cache
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._num_added = 0
+        self._steps_running = 0
+        self._free_slots = list(range(max_num_seqs))
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
 
@@ -56,12 +70,14 @@ class Scheduler:
         """Queue it. It must fit into the cache when it is alone, or it could never end."""
         if self.cache.blocks_for(sequence.num_prompt + sequence.max_tokens) > self.cache.pool.num_blocks:
             raise SchedulingError(f"request {sequence.request_id} cannot fit into the cache")
-        self.waiting.append(sequence)
+        self._num_added += 1
+        sequence.rank = (sequence.request.priority, self._num_added)
+        self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that has finished, wherever it is; its blocks are free after this."""
         if sequence in self.running:
-            self.running.remove(sequence)
+            self._leave(sequence)
             # Numbers that went wrong must not be found again as somebody's prefix.
             if sequence.finish_reason == "error":
                 self.cache.discard(sequence)
@@ -71,13 +87,17 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[Row]:
-        """The next step. Empty only when there is no work."""
+        """The next step. Empty only when there is no work, or none before the step that runs has been committed."""
+        # Whoever must give up blocks may be in the step that runs: first let that end.
+        if self._steps_running and self._reserved() > self.cache.pool.num_free:
+            return []
         budget = self._max_num_batched_tokens
         rows: dict[Sequence, Row] = {}
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_remaining > 1):
             if not budget:
                 break
-            if sequence.status is not Status.RUNNING:  # preempted for one before it
+            # Preempted for one before it, or waiting for the token that ends it.
+            if sequence.status is not Status.RUNNING or not sequence.num_remaining:
                 continue
             row = _next_row(sequence, self._share(sequence, budget))
             if self._make_room(sequence, row.start + row.num_tokens, rows):
@@ -85,20 +105,28 @@ class Scheduler:
                 budget -= row.num_tokens
         budget = self._admit(budget, rows)
         self._use_up(budget, rows)
+        for sequence, row in rows.items():
+            sequence.advance(row.num_tokens, samples=row.samples)
+        self._steps_running += bool(rows)
         return list(rows.values())
 
-    def commit(self, rows: list[Row], sampled: Mapping[str, int]) -> None:
-        """The step was computed. sampled: request id -> token, for the rows that sample and did not fail.
+    def commit(self, rows: Rows[Row], tokens: Rows[int | None]) -> None:
+        """The oldest step that runs was computed. tokens: of the rows that sample, in order; None only where the
+        sequence has failed.
 
         Sequences that end here leave, and so do those that ended while the step ran.
         """
+        self._steps_running -= 1
+        sampled = iter(tokens)
         for row in rows:
             sequence = row.sequence
+            token = next(sampled) if row.samples else None
             if sequence.status is Status.RUNNING:
-                sequence.num_computed = row.start + row.num_tokens
-                self.cache.remember(sequence, row.start)
-                if row.samples and sequence.request_id in sampled:
-                    sequence.append(sampled[sequence.request_id])
+                self.cache.remember(sequence, row.start, row.end)
+                if token is not None:
+                    sequence.append(token)
+                elif sequence.max_tokens == 0 and row.end == sequence.num_tokens:  # it was only to be read
+                    sequence.finish("length")
             if sequence.status is Status.FINISHED:
                 self.remove(sequence)
 
@@ -113,14 +141,30 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Its blocks are taken; it waits at the front, and what it knows is computed again: by a cache hit, as far as
-        nobody needed the blocks meanwhile."""
-        self.running.remove(sequence)
+        """Its blocks are taken; it waits before those that came later, and what it knows is computed again: by a cache
+        hit, as far as nobody needed the blocks meanwhile."""
+        self._leave(sequence)
         self.cache.release(sequence)
         sequence.status = Status.WAITING
         sequence.preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        """Queue it: those of lower priority numbers first, then those that were added first."""
+        bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.rank)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        if sequence.slot is not None:
+            self._free_slots.append(sequence.slot)
+            sequence.slot = None
+
+    def _reserved(self) -> int:
+        """Blocks that the running sequences still need for what they know."""
+        return sum(
+            max(0, self.cache.blocks_for(sequence.num_tokens) - len(sequence.block_table)) for sequence in self.running
+        )
 
     def _share(self, sequence: Sequence, budget: int) -> int:
         """What a sequence may take of what is left: all; but half of it, rounded up, when it has much to compute and
@@ -142,22 +186,21 @@ class Scheduler:
         One starts only if the free blocks hold all it knows beside what the running ones still need for what they
         know: else it would soon be preempted, or preempt.
         """
-        reserved = sum(
-            max(0, self.cache.blocks_for(sequence.num_tokens) - len(sequence.block_table)) for sequence in self.running
-        )
+        reserved = self._reserved()
         while budget and self.waiting and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
             matched = self.cache.match(sequence)
             needed = self.cache.missing(sequence, matched, sequence.num_tokens)
             if self.running and needed + reserved > self.cache.pool.num_free:
                 break
-            self.waiting.popleft()
+            self.waiting.pop(0)
             self.cache.adopt(sequence, matched)
             sequence.num_cached = max(sequence.num_cached, min(sequence.num_computed, sequence.num_prompt))
             row = _next_row(sequence, self._share(sequence, budget))
             if not self.cache.grow(sequence, row.start + row.num_tokens):
                 raise SchedulingError(f"request {sequence.request_id} does not fit into an empty cache")
             sequence.status = Status.RUNNING
+            sequence.slot = self._free_slots.pop()
             self.running.append(sequence)
             rows[sequence] = row
             budget -= row.num_tokens
@@ -168,4 +211,6 @@ class Scheduler:
 def _next_row(sequence: Sequence, budget: int) -> Row:
     """As many of the sequence's remaining tokens as the budget allows."""
     num_tokens = min(sequence.num_remaining, budget)
-    return Row(sequence, sequence.num_computed, num_tokens, samples=num_tokens == sequence.num_remaining)
+    samples = num_tokens == sequence.num_remaining and sequence.max_tokens > 0
+    start = sequence.num_computed
+    return Row(sequence, start, num_tokens, samples, sequence.unscored(start, start + num_tokens))

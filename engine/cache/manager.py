@@ -28,7 +28,8 @@ class CacheManager:
     def match(self, sequence: Sequence) -> list[int]:
         """The cached blocks that the sequence could start with, in order. At least one token is left to compute, since
         only a computed token gives logits. Takes nothing yet."""
-        if not self._enabled:
+        # Log probabilities of a prompt need all of its tokens computed.
+        if not self._enabled or sequence.params.prompt_logprobs is not None:
             return []
         found: list[int] = []
         for index in range((sequence.num_tokens - 1) // self.block_size):
@@ -61,11 +62,11 @@ class CacheManager:
             sequence.block_table += self.pool.allocate(fresh)
         return True
 
-    def remember(self, sequence: Sequence, start: int) -> None:
-        """Tokens from position `start` to num_computed were computed: keep the blocks that they filled."""
+    def remember(self, sequence: Sequence, start: int, end: int) -> None:
+        """Tokens at positions [start, end) were computed: keep the blocks that they filled."""
         if not self._enabled:
             return
-        for index in range(start // self.block_size, sequence.num_computed // self.block_size):
+        for index in range(start // self.block_size, end // self.block_size):
             parent, key = self._keys(sequence, index)
             self.prefix.insert(sequence.block_table[index], parent, key, self._tokens(sequence, index))
 

@@ -43,11 +43,12 @@ class Llama:
     head: Weight
     cos_sin: Tensor
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Write the batch's keys and values into the cache. -> float32 logits [R, V] of its logit_rows."""
+    def forward(self, token_ids: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """token_ids int64 [T]: those of the batch, the pending ones filled in. Writes their keys and values into the
+        cache. -> the last layer's output after the final norm, [T, H]."""
         kernels, eps = self.kernels, self.config.rms_norm_eps
         plan = kernels.plan_attention(batch.queries, num_heads=self.config.num_attention_heads, cache=cache.layers[0])
-        residual = kernels.embedding(batch.token_ids, self.embedding)
+        residual = kernels.embedding(token_ids, self.embedding)
         normed = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
         # The norm that opens a block is taken where the one before ends, together with its addition.
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
@@ -57,7 +58,11 @@ class Llama:
             normed, residual = kernels.add_rms_norm(attended, residual, layer.post_attention_norm, eps)
             mlp = kernels.linear(kernels.linear_silu_mul(normed, layer.gate_up), layer.down)
             normed, residual = kernels.add_rms_norm(mlp, residual, next_norm, eps)
-        return kernels.linear(normed[batch.logit_rows], self.head).float()
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H], rows of `forward`'s -> [R, V], in the activations' dtype."""
+        return self.kernels.linear(hidden, self.head)
 
     @property
     def nbytes(self) -> int:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pronk.engine import batch as batches
 from pronk.engine.config import EngineConfig
 from pronk.engine.config import replace as replace_config
 from pronk.engine.llm import LLM
@@ -80,13 +78,14 @@ def prompt_logits(runner: ModelRunner, prompt: list[int], chunk: int, wanted: li
     sequence = Sequence(request, seed=0, eos_token_ids=frozenset(), max_model_len=1 << 20, arrival=0)
     count = -(-len(prompt) // runner.block_size)
     sequence.block_table = list(reversed(range(count)))
+    sequence.slot = 0
     logits = []
     for start in range(0, len(prompt), chunk):
         row = Row(sequence, start, min(chunk, len(prompt) - start), samples=False)
-        batch = batches.build([row], runner.block_size, runner.device)
+        hidden = runner.forward([row]).hidden
         rows = [place - start for place in wanted if start <= place < start + row.num_tokens]
         with torch.inference_mode():
-            logits.append(runner.model.forward(replace(batch, logit_rows=torch.tensor(rows).long()), runner.cache))
+            logits.append(runner.model.logits(hidden[torch.tensor(rows).long()]).float())
     return torch.cat(logits)
 
 

@@ -41,9 +41,10 @@ params = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.2]),
     logit_bias=st.sampled_from([{}, {65: 4.0, 66: -100.0}]),
     stop=st.sampled_from([(), ("A",), ("AB", "C")]),
-    max_tokens=st.integers(1, 40),
+    max_tokens=st.integers(0, 40),
     min_tokens=st.just(0),
     logprobs=st.sampled_from([0, 3]),
+    prompt_logprobs=st.sampled_from([None, None, 0, 2]),
 )
 prompts = st.builds(
     lambda stem, cut, own: stem[:cut] + own,
@@ -67,7 +68,7 @@ arrivals = st.builds(
     Arrival, prompts, params, st.integers(0, 12), st.one_of(st.none(), st.none(), st.none(), st.integers(3, 14))
 )
 
-Answer = tuple[list[int], list[TokenLogprobs], str | None]
+Answer = tuple[list[int], list[TokenLogprobs], str | None, list[TokenLogprobs]]
 
 
 class Engine:
@@ -78,9 +79,12 @@ class Engine:
         self.runner = load_runner(self.config, folder, lambda done, total: None)
         self.vocabulary: Vocabulary = load_vocabulary(folder)
 
-    def core(self, *, num_blocks: int, budget: int, max_num_seqs: int, prefix_caching: bool) -> EngineCore:
+    def core(
+        self, *, num_blocks: int, budget: int, max_num_seqs: int, prefix_caching: bool, overlaps: bool = False
+    ) -> EngineCore:
+        """overlaps: run steps as where a device works beside the host, each planned before the last one is read."""
         runner: ModelRunner = dataclasses.replace(
-            self.runner, plan=CachePlan(num_blocks, MAX_LEN), max_num_batched_tokens=budget
+            self.runner, plan=CachePlan(num_blocks, MAX_LEN), max_num_batched_tokens=budget, overlaps=overlaps
         )
         config = replace(self.config, enable_prefix_caching=prefix_caching, max_num_seqs=max_num_seqs)
         return EngineCore(config, runner, self.vocabulary)
@@ -107,11 +111,12 @@ def drive(core: EngineCore, arriving: list[Arrival]) -> dict[str, Answer]:
 
 
 def add(answers: dict[str, Answer], output: Output) -> None:
-    tokens, logprobs, _ = answers.get(output.request_id, ([], [], None))
+    tokens, logprobs, _, scored = answers.get(output.request_id, ([], [], None, []))
     answers[output.request_id] = (
         tokens + output.token_ids,
         logprobs + (output.logprobs or []),
         output.finish_reason,
+        scored + (output.prompt_logprobs or []),
     )
 
 
@@ -140,31 +145,47 @@ def engine(
     budget=st.sampled_from([1, 3, 16, 17, 64, 300, 1000]),
     max_num_seqs=st.integers(1, 8),
     prefix_caching=st.booleans(),
+    overlaps=st.booleans(),
 )
 def test_the_schedule_never_changes_the_answer(
-    engine: Engine, arriving: list[Arrival], num_blocks: int, budget: int, max_num_seqs: int, prefix_caching: bool
+    engine: Engine,
+    arriving: list[Arrival],
+    num_blocks: int,
+    budget: int,
+    max_num_seqs: int,
+    prefix_caching: bool,
+    overlaps: bool,
 ) -> None:
-    core = engine.core(num_blocks=num_blocks, budget=budget, max_num_seqs=max_num_seqs, prefix_caching=prefix_caching)
+    core = engine.core(
+        num_blocks=num_blocks,
+        budget=budget,
+        max_num_seqs=max_num_seqs,
+        prefix_caching=prefix_caching,
+        overlaps=overlaps,
+    )
     answers = drive(core, arriving)
     for name, arrival in enumerate(arriving):
         if arrival.aborted is not None and arrival.aborted < arrival.step:
             continue  # the abort came before the request, which is no error and changes nothing
-        tokens, logprobs, reason = answers[str(name)]
+        tokens, logprobs, reason, scored = answers[str(name)]
         alone = engine.solo(arrival.prompt, arrival.params)
         if reason == "abort":
             assert tokens == alone[0][: len(tokens)]
             assert logprobs == alone[1][: len(tokens)]
+            assert scored == alone[3][: len(scored)]
         else:
-            assert (tokens, logprobs, reason) == alone
+            assert (tokens, logprobs, reason, scored) == alone
+            assert len(scored) == (0 if arrival.params.prompt_logprobs is None else len(arrival.prompt) - 1)
     assert core.stats.blocks_used == 0
     assert core.stats.num_running == core.stats.num_waiting == 0
 
 
-def test_preemption_and_cache_hits_do_happen(engine: Engine) -> None:
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_preemption_and_cache_hits_do_happen(engine: Engine, overlaps: bool) -> None:
     """The property above is worth something only if its schedules reach these cases."""
     greedy = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=2)
     arriving = [Arrival([*STEMS[0][:-name], name], greedy, 0, None) for name in range(1, 9)]
-    core = engine.core(num_blocks=14, budget=64, max_num_seqs=8, prefix_caching=True)
+    core = engine.core(num_blocks=14, budget=64, max_num_seqs=8, prefix_caching=True, overlaps=overlaps)
     answers = drive(core, arriving)
     assert core.stats.preemptions > 0
     assert core.stats.prefix_hit_tokens > 0

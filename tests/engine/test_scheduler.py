@@ -26,13 +26,21 @@ Content = tuple[str, tuple[int, ...]]
 
 
 def make_sequence(
-    name: str, prompt: list[int], max_tokens: int, *, salt: str = "", max_model_len: int = 10_000, **params: object
+    name: str,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    salt: str = "",
+    priority: int = 0,
+    max_model_len: int = 10_000,
+    **params: object,
 ) -> Sequence:
     request = Request(
         request_id=name,
         prompt=prompt,
         params=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         cache_salt=salt,
+        priority=priority,
     )
     return Sequence(request, seed=0, eos_token_ids=frozenset({EOS}), max_model_len=max_model_len, arrival=0.0)
 
@@ -44,43 +52,74 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 40),
         prefix_caching=st.booleans(),
+        depth=st.sampled_from([1, 2]),
     )
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, prefix_caching: bool) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, prefix_caching: bool, depth: int
+    ) -> None:
+        """depth: steps that may run at the same time; with 2 the next is planned before the last one's tokens are
+        known."""
         self.cache = CacheManager(num_blocks, block_size, enable_prefix_caching=prefix_caching)
         self.scheduler = Scheduler(self.cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
         self.max_num_seqs, self.budget = max_num_seqs, budget
         self.capacity = num_blocks * block_size
+        self.depth = depth
+        self.flying: list[tuple[list[Row], list[int], bool]] = []
         self.sequences: list[Sequence] = []
+        self.truth: dict[Sequence, list[int]] = {}
+        self.scored: dict[Sequence, list[int]] = {}
         self.written: dict[tuple[int, int], Content] = {}
         self.names = 0
 
     @rule(
         shared=st.integers(0, 40),
         own=st.lists(st.integers(0, 3), max_size=12),
-        max_tokens=st.integers(1, 20),
+        max_tokens=st.integers(0, 20),
         salt=st.sampled_from(["", "", "tenant"]),
+        priority=st.integers(-1, 1),
+        scored=st.booleans(),
     )
-    def add(self, shared: int, own: list[int], max_tokens: int, salt: str) -> None:
+    def add(self, shared: int, own: list[int], max_tokens: int, salt: str, priority: int, scored: bool) -> None:
         prompt = [place % 3 for place in range(shared)] + own
         assume(prompt and len(prompt) + max_tokens <= self.capacity)
         self.names += 1
-        sequence = make_sequence(f"r{self.names}", prompt, max_tokens, salt=salt)
+        sequence = make_sequence(
+            f"r{self.names}",
+            prompt,
+            max_tokens,
+            salt=salt,
+            priority=priority,
+            prompt_logprobs=0 if scored else None,
+        )
         self.sequences.append(sequence)
+        self.truth[sequence] = list(prompt)
+        self.scored[sequence] = []
         self.scheduler.add(sequence)
 
-    @precondition(lambda self: self.scheduler.has_work)
+    @precondition(lambda self: self.scheduler.has_work and len(self.flying) < self.depth)
     @rule(tokens=st.lists(st.integers(0, EOS), min_size=8, max_size=8), fails=st.booleans())
-    def step(self, tokens: list[int], fails: bool) -> None:
+    def launch(self, tokens: list[int], fails: bool) -> None:
         rows = self.scheduler.schedule()
+        if not rows:
+            assert self.flying, "there is work, but the step is empty"
+            return
         self.check_plan(rows)
         for row in rows:
             self.compute(row)
         sampling = [row.sequence for row in rows if row.samples]
+        sampled = tokens[: len(sampling)]
+        for sequence, token in zip(sampling, sampled, strict=True):
+            self.truth[sequence].append(token)
+        self.flying.append((rows, sampled, fails))
+
+    @precondition(lambda self: self.flying)
+    @rule()
+    def land(self) -> None:
+        rows, sampled, fails = self.flying.pop(0)
+        sampling = [row.sequence for row in rows if row.samples]
         if fails and sampling:
-            sampling.pop().finish("error")
-        self.scheduler.commit(
-            rows, {sequence.request_id: token for sequence, token in zip(sampling, tokens, strict=False)}
-        )
+            sampling[-1].finish("error")
+        self.scheduler.commit(rows, sampled)
 
     @precondition(lambda self: self.alive())
     @rule(data=st.data())
@@ -100,21 +139,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         return [sequence for sequence in self.sequences if sequence.status is not Status.FINISHED]
 
     def check_plan(self, rows: list[Row]) -> None:
-        assert rows, "there is work, but the step is empty"
         assert sum(row.num_tokens for row in rows) <= self.budget
         assert len({row.sequence.request_id for row in rows}) == len(rows)
         for row in rows:
             assert row.sequence.status is Status.RUNNING
             assert row.num_tokens >= 1
-            assert row.start == row.sequence.num_computed
-            assert row.start + row.num_tokens <= row.sequence.num_tokens
+            assert row.end == row.sequence.num_computed <= row.sequence.num_tokens
+            self.scored[row.sequence] += row.scores
 
     def compute(self, row: Row) -> None:
         """What a forward does: read all before the row's tokens, write the row's."""
         sequence, block_size = row.sequence, self.cache.block_size
         for place in range(row.start + row.num_tokens):
             where = (sequence.block_table[place // block_size], place % block_size)
-            content = (sequence.request.cache_salt, tuple(sequence.tokens[: place + 1]))
+            content = (sequence.request.cache_salt, tuple(self.truth[sequence][: place + 1]))
             if place < row.start:
                 assert self.written[where] == content, f"{sequence.request_id} reads another's keys at {place}"
             else:
@@ -139,7 +177,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert set(running) | set(waiting) == set(self.alive())
         assert all(sequence.status is Status.RUNNING for sequence in running)
         assert all(sequence.status is Status.WAITING and not sequence.block_table for sequence in waiting)
-        assert all(sequence.num_computed < sequence.num_tokens for sequence in running)
+        slots = [sequence.slot for sequence in running]
+        assert len(set(slots)) == len(slots)
+        assert set(slots) <= set(range(self.max_num_seqs))
+        assert all(sequence.slot is None for sequence in waiting)
+        assert waiting == sorted(waiting, key=lambda sequence: sequence.rank)
+        if not self.flying:
+            assert all(sequence.num_remaining > 0 and not sequence.pending for sequence in running)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -149,11 +193,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(bound):
             if not self.scheduler.has_work:
                 break
-            self.step([0] * 8, False)
+            if len(self.flying) < self.depth:
+                self.launch([0] * 8, False)
+            if self.flying:
+                self.land()
             self.blocks_add_up()
+        while self.flying:
+            self.land()
         assert not self.scheduler.has_work, "some request never ends"
         assert self.cache.pool.num_used == 0
-        assert all(sequence.finish_reason is not None for sequence in self.sequences)
+        for sequence in self.sequences:
+            assert sequence.finish_reason is not None
+            assert sequence.tokens == self.truth[sequence][: len(sequence.tokens)]
+            if sequence.params.prompt_logprobs is not None and sequence.finish_reason in ("stop", "length"):
+                assert self.scored[sequence] == list(range(sequence.num_prompt - 1)), "each is told once, in order"
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -162,7 +215,7 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 
 def run_step(scheduler: Scheduler, token: int = 0) -> list[Row]:
     rows = scheduler.schedule()
-    scheduler.commit(rows, {row.sequence.request_id: token for row in rows if row.samples})
+    scheduler.commit(rows, [token for row in rows if row.samples])
     return rows
 
 
@@ -260,7 +313,7 @@ def test_what_went_wrong_is_never_found_again() -> None:
     scheduler.add(failing)
     rows = scheduler.schedule()
     failing.finish("error")
-    scheduler.commit(rows, {})
+    scheduler.commit(rows, [None])
     scheduler.add(make_sequence("next", [1] * 9, 3))
     assert [row.start for row in run_step(scheduler)] == [0]
 
@@ -305,9 +358,8 @@ def test_ends(params: dict[str, object], tokens: list[int], reason: str, stop_re
 
 def test_tokens_that_would_end_it_are_forbidden_before_min_tokens() -> None:
     sequence = make_sequence("a", [1], 4, min_tokens=1, stop_token_ids=(3,))
-    assert sequence.forbidden_ids == {EOS, 3}
-    sequence.append(1)
-    assert not sequence.forbidden_ids
+    assert sequence.ending_ids(1) == {EOS, 3}
+    assert not sequence.ending_ids(2)
 
 
 def test_the_context_bounds_the_answer() -> None:
@@ -350,3 +402,22 @@ def test_a_digest_that_two_prefixes_share_is_no_hit() -> None:
     assert cache.find(root, key, [1, 3]) is None
     assert cache.find(root_key("other"), key, [1, 2]) is None
     assert chain_key(root, [1, 2]) != chain_key(root, [2, 1])
+
+
+def test_lower_priority_numbers_go_first() -> None:
+    scheduler = make_scheduler(seqs=1)
+    for name, priority in (("late", 5), ("first", 0), ("second", 0), ("urgent", -1)):
+        scheduler.add(make_sequence(name, [1, 2], 1, priority=priority))
+    order = []
+    while scheduler.has_work:
+        order += [row.sequence.request_id for row in run_step(scheduler)]
+    assert order == ["urgent", "first", "second", "late"]
+
+
+def test_a_prompt_can_be_read_without_an_answer() -> None:
+    scheduler = make_scheduler(budget=4)
+    sequence = make_sequence("a", [1] * 10, 0, prompt_logprobs=0)
+    scheduler.add(sequence)
+    assert [row.scores for _ in range(3) for row in run_step(scheduler)] == [range(4), range(4, 8), range(8, 9)]
+    assert (sequence.finish_reason, sequence.num_output) == ("length", 0)
+    assert not scheduler.has_work
