@@ -16,6 +16,8 @@ from pronk.engine.errors import ConfigError
 LOAD_FORMATS = ("auto", "safetensors", "pth", "dummy")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = ("none", "fp8", "int8", "int4")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 # Attention splits a sequence's keys at multiples of this many positions, so a block must divide it (DESIGN: promise 1).
 KEY_SPLIT = 256
@@ -52,6 +54,13 @@ class CacheConfig:
         flag="--kv-cache-memory",
         metavar="SIZE",
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "precision of the KV cache: auto is that of the activations; fp8 (GPU only) holds twice the tokens, "
+        "each head's key and value of a token with a scale of its own",
+        flag="--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+    )
     enable_prefix_caching: bool = option(
         True,
         "do not keep finished prompts in the KV cache for requests that begin alike",
@@ -61,6 +70,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.block_size < 16 or KEY_SPLIT % self.block_size:
             raise ConfigError(f"--block-size {self.block_size}: choose 16, 32, 64, 128 or 256")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(f"--kv-cache-dtype {self.kv_cache_dtype}: choose one of {', '.join(KV_CACHE_DTYPES)}")
         if self.memory is not None:
             try:
                 size = parse_bytes(self.memory)
@@ -109,6 +120,13 @@ class EngineConfig:
         flag="--dtype",
         choices=DTYPES,
     )
+    quantization: str = option(
+        "none",
+        "keep the linear layers' weights in fewer bits (GPU only): fp8 and int8 with a scale for each output, "
+        "int4 with one for each 32 inputs and an int8 head; the embedding stays as it is",
+        flag="--quantization",
+        choices=QUANTIZATIONS,
+    )
     device: str = option(
         "auto",
         "where the model runs: auto is a GPU where there is one, else the CPU",
@@ -121,6 +139,12 @@ class EngineConfig:
         "as far as the KV cache can hold one such request)",
         flag="--max-model-len",
     )
+    enforce_eager: bool = option(
+        False,
+        "launch each operation of a step by itself on a GPU, instead of replaying captured CUDA graphs: slower, and "
+        "the answers are the same",
+        flag="--enforce-eager",
+    )
     tensor_parallel_size: int = option(1, "devices that share the model", flag="--tensor-parallel-size")
     seed: int | None = option(
         None,
@@ -132,7 +156,12 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:
-        for name, choices in (("load_format", LOAD_FORMATS), ("dtype", DTYPES), ("device", DEVICES)):
+        for name, choices in (
+            ("load_format", LOAD_FORMATS),
+            ("dtype", DTYPES),
+            ("quantization", QUANTIZATIONS),
+            ("device", DEVICES),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 flag = "--" + name.replace("_", "-")

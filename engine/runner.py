@@ -27,6 +27,7 @@ from pronk.engine.sequence import Sequence
 from pronk.engine.weights.checkpoint import open_checkpoint
 from pronk.engine.weights.progress import track
 from pronk.kernels import for_device
+from pronk.kernels.interface import Kernels, WeightFormat
 
 CPU_STEP_TOKENS = 256
 GPU_STEP_TOKENS = 4096
@@ -152,6 +153,8 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
     checkpoint = open_checkpoint(folder, config.load_format, seed=config.seed or 0)
     dtype = choose_dtype(config.dtype, checkpoint.config)
     kernels = for_device(device.type)
+    weight_format = choose_weight_format(config.quantization, kernels)
+    cache_dtype = choose_cache_dtype(config.cache.kv_cache_dtype, dtype, device)
     with torch.inference_mode():
         model = llama.load(
             checkpoint.config,
@@ -160,17 +163,20 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
             dtype=dtype,
             device=device,
             num_positions=min(config.max_model_len or 1 << 62, checkpoint.config.max_position_embeddings),
+            weight_format=weight_format,
         )
         plan = memory.plan_cache(
             checkpoint.config,
             config.cache,
-            dtype=dtype,
+            dtype=cache_dtype,
             device=device,
             free_bytes=memory.available_memory(device),
             max_num_seqs=config.scheduler.max_num_seqs,
             max_model_len=config.max_model_len,
         )
-        cache = memory.allocate(checkpoint.config, plan.num_blocks, config.cache.block_size, dtype=dtype, device=device)
+        cache = memory.allocate(
+            checkpoint.config, plan.num_blocks, config.cache.block_size, dtype=cache_dtype, device=device
+        )
         last_tokens = torch.zeros(config.scheduler.max_num_seqs + 1, dtype=torch.int64, device=device)
     default_tokens = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
     return ModelRunner(
@@ -209,3 +215,23 @@ def choose_dtype(name: str, config: LlamaConfig) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
         config.dtype if name == "auto" else name
     ]
+
+
+def choose_weight_format(quantization: str, kernels: Kernels) -> WeightFormat:
+    """Raises ConfigError when the device's kernels do not have it."""
+    for weight_format in kernels.WEIGHT_FORMATS:
+        if weight_format == ("plain" if quantization == "none" else quantization):
+            return weight_format
+    formats = ", ".join("none" if each == "plain" else each for each in kernels.WEIGHT_FORMATS)
+    raise ConfigError(
+        f"--quantization {quantization}: the kernels for {device.type} have {formats}; choose one of them"
+    )
+
+
+def choose_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is the activations'. Raises ConfigError for what the device's kernels do not read."""
+    if name == "auto":
+        return dtype
+    if device.type == "cpu":
+        raise ConfigError(f"--kv-cache-dtype {name}: the CPU kernels have no such cache; leave it at auto")
+    return torch.float8_e4m3fn

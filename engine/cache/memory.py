@@ -37,10 +37,16 @@ class CachePlan:
     max_model_len: int
 
 
+def is_scaled(dtype: torch.dtype) -> bool:
+    """Whether a cache of this dtype has a float32 scale for each token and head."""
+    return dtype == torch.float8_e4m3fn
+
+
 def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values: 2 · layers · KV heads · head_dim · block_size · itemsize."""
-    row = config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return 2 * config.num_hidden_layers * row * block_size
+    """Bytes of one block over all layers, keys and values: 2 · layers · KV heads · block_size · (head_dim · itemsize,
+    and 4 for a scale)."""
+    head = config.head_dim * dtype.itemsize + (torch.float32.itemsize if is_scaled(dtype) else 0)
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * block_size * head
 
 
 def plan_cache(
@@ -92,12 +98,14 @@ def allocate(
     Raises ConfigError when the system gives no such memory.
     """
     shape = (num_blocks, config.num_key_value_heads, block_size, config.head_dim)
-    return KVCache(
-        [
-            LayerCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
-            for _ in range(config.num_hidden_layers)
-        ]
-    )
+
+    def layer() -> LayerCache:
+        keys, values = (_zeros(shape, dtype, device) for _ in range(2))
+        if not is_scaled(dtype):
+            return LayerCache(keys, values)
+        return LayerCache(keys, values, *(_zeros(shape[:3], torch.float32, device) for _ in range(2)))
+
+    return KVCache([layer() for _ in range(config.num_hidden_layers)])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

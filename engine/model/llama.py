@@ -16,7 +16,7 @@ from pronk.engine.batch import Batch
 from pronk.engine.cache.memory import KVCache
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.model.rope import cos_sin_table
-from pronk.kernels.interface import Kernels, Weight
+from pronk.kernels.interface import Kernels, Weight, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,13 @@ class Llama:
     @property
     def nbytes(self) -> int:
         """Memory of all weights, a head that shares the embedding's counted once."""
-        tensors = [self.embedding, self.norm, self.head.data, self.cos_sin]
+        tensors = [self.embedding, self.norm, self.cos_sin]
+        weights = [self.head]
         for layer in self.layers:
             tensors += [layer.input_norm, layer.post_attention_norm]
-            tensors += [layer.qkv.data, layer.o.data, layer.gate_up.data, layer.down.data]
+            weights += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        for weight in weights:
+            tensors += [weight.data] if weight.scales is None else [weight.data, weight.scales]
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
@@ -95,10 +98,12 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     num_positions: int,
+    weight_format: WeightFormat = "plain",
 ) -> Llama:
     """tensors: all that the config asks for, by Hugging Face's names, in any order, each once; complete and of the
     right shape (the checkpoint sees to that). Each is copied and packed as it comes, so the model is in memory once.
-    num_positions: how far the rotary table reaches.
+    num_positions: how far the rotary table reaches. weight_format: of the linear layers; an int4 model's head is int8,
+    since errors in it are errors in the answer.
     """
     singles: dict[str, Tensor] = {}
     weights: dict[tuple[int, str], Weight] = {}
@@ -114,7 +119,7 @@ def load(
         waiting[index] = tensor
         if len(waiting) == _PARTS[product]:
             rows = [waiting[i].to(device, dtype) for i in range(_PARTS[product])]
-            weights[int(layer), product] = kernels.pack(torch.cat(rows))
+            weights[int(layer), product] = kernels.pack(torch.cat(rows), weight_format)
             del parts[int(layer), product]
     embedding = singles["model.embed_tokens.weight"]
     return Llama(
@@ -133,6 +138,9 @@ def load(
             for i in range(config.num_hidden_layers)
         ],
         norm=singles["model.norm.weight"],
-        head=kernels.pack(embedding if config.tie_word_embeddings else singles["lm_head.weight"]),
+        head=kernels.pack(
+            embedding if config.tie_word_embeddings else singles["lm_head.weight"],
+            "int8" if weight_format == "int4" else weight_format,
+        ),
         cos_sin=cos_sin_table(config, num_positions).to(device),
     )

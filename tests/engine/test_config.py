@@ -10,7 +10,9 @@ from pronk.engine.config import (
     DEVICES,
     DTYPES,
     KEY_SPLIT,
+    KV_CACHE_DTYPES,
     LOAD_FORMATS,
+    QUANTIZATIONS,
     CacheConfig,
     EngineConfig,
     SchedulerConfig,
@@ -97,6 +99,8 @@ def test_a_refusal_begins_with_its_flag(kind: type, values: dict[str, object], s
         ("--load-format", {"load_format": ""}, LOAD_FORMATS),
         ("--dtype", {"dtype": "fp16"}, DTYPES),
         ("--device", {"device": "CUDA"}, DEVICES),
+        ("--quantization", {"quantization": "int2"}, QUANTIZATIONS),
+        ("--kv-cache-dtype", {"kv_cache_dtype": "int8"}, KV_CACHE_DTYPES),
         ("--block-size", {"block_size": 17}, ("16", "32", "64", "128", "256")),
     ],
 )

@@ -233,3 +233,15 @@ def test_the_smaller_of_system_and_container_counts(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(memory, "_system_available", lambda: 700)
     monkeypatch.setattr(memory, "_cgroup_available", lambda: 500)
     assert memory.available_memory(CPU) == 500
+
+
+def test_an_fp8_cache_has_a_scale_for_each_token_and_head() -> None:
+    dtype = torch.float8_e4m3fn
+    cache = allocate(TINY, 5, 16, dtype=dtype, device=CPU)
+    for layer in cache.layers:
+        assert layer.keys.dtype == layer.values.dtype == dtype
+        assert layer.key_scales is not None
+        assert layer.value_scales is not None
+        assert layer.key_scales.shape == layer.value_scales.shape == layer.keys.shape[:3]
+        assert layer.key_scales.dtype == torch.float32
+    assert cache.nbytes == 5 * block_bytes(TINY, 16, dtype)
