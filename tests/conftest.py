@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, which for a test of the engine transformers may do: see
+    # tests/kernels/gpu/conftest.py.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TinyLlama = Callable[..., dict[str, Any]]
 WriteCheckpoint = Callable[..., Path]
