@@ -22,6 +22,7 @@ from pronk.server.chat.tool_grammar import call_grammar
 from pronk.server.chat.tool_parser import ToolParser
 
 Mode = Literal["none", "auto", "required"]
+_SYSTEM_ROLES = ("system", "developer")
 EMPTY_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -89,8 +90,19 @@ class ToolCalls:
         """-> keyword arguments of ChatTemplate.render: `tools` and `tools_in_user_message`.
 
         messages: those of the request, as OpenAI's clients write them.
+
+        The prompt shows all functions that are offered, or those that allowed_tools leaves: a small model that is not
+        to call a function had better not see it. With tool_choice "none" it shows none. They stand in the first user
+        message, as the templates have them by default, where the conversation begins with one; else in the system
+        message, as the templates would take any other first message for the user's.
         """
-        raise NotImplementedError
+        shown = self.offered if self.choice.named else self.callable
+        if not shown:
+            return {}
+        roles = [message["role"] for message in messages[:2]]
+        first = roles[1:] if roles[0] in _SYSTEM_ROLES else roles
+        definitions = [function.definition for function in shown]
+        return {"tools": definitions, "tools_in_user_message": first[:1] == ["user"]}
 
     def grammar(self, response_format: Grammar | None = None) -> Grammar | None:
         """-> what the answer's text must be; None: anything.
@@ -102,7 +114,8 @@ class ToolCalls:
 
     def parser(self) -> ToolParser | None:
         """-> a new machine for one choice's text; None: the text is content, whatever it looks like."""
-        raise NotImplementedError
+        names = [function.name for function in self.callable]
+        return ToolParser(names, parallel=self.parallel) if names else None
 
     def finish_reason(self, reason: str | None, parser: ToolParser | None) -> str | None:
         """The engine's reason -> the client's: "stop" after a call is "tool_calls" (or "function_call"); all others,
