@@ -127,6 +127,10 @@ class EngineCore:
             self._running = None
         return outputs
 
+    def prepare(self) -> bool:
+        """While there is nothing to do: make ready what makes later steps faster. -> whether there may be more."""
+        return self._runner.graphs is not None and self._runner.graphs.capture_next()
+
     def _finish(self, step: Step) -> list[Output]:
         """Collect and commit."""
         collected = self._runner.collect(step.launched)

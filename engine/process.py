@@ -108,8 +108,10 @@ def serve(link: Link, config: EngineConfig) -> None:
     warm_up(core)
     core = EngineCore(config, runner, vocabulary)  # the warm-up leaves no trace in counters and cache
     link.send(engine_info(config, runner))
+    may_prepare = True
     while True:
-        for message in link.receive(wait=not core.has_work):
+        may_prepare = may_prepare and (core.has_work or core.prepare())
+        for message in link.receive(wait=not core.has_work and not may_prepare):
             if isinstance(message, wire.Add):
                 core.add(message.request)
             elif isinstance(message, wire.Abort):

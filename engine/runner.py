@@ -5,6 +5,7 @@ Knows batches and sampling rows; not who is waiting, nor why a step holds what i
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
@@ -18,6 +19,7 @@ from pronk.engine.batch import Batch, BatchBuilder, layout_of
 from pronk.engine.cache import memory
 from pronk.engine.config import EngineConfig
 from pronk.engine.errors import ConfigError
+from pronk.engine.graphs import Capture, CudaCapture, StepGraphs, StepResult, stage
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.request import TokenLogprobs
@@ -37,12 +39,10 @@ SCORED_TOGETHER = 64
 
 @dataclass(frozen=True)
 class Forward:
-    """A step whose tokens are computed, and none sampled."""
+    """A step whose tokens are computed, or being so."""
 
     rows: Rows[Row]
-    batch: Batch
-    hidden: Tensor
-    """[T, H], after the final norm."""
+    result: StepResult
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Launched:
     """A step under way: what `collect` waits for."""
 
     rows: Rows[Row]
-    sampled: list[Sampled]
+    sampled: list[Sampled] | Readback
+    """Readback: of the token ids alone, -1 where the numbers were not finite."""
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
 
 
@@ -62,6 +63,24 @@ class Collected:
     """For each row that samples, in order."""
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
     """For each sequence with a row that scores: the next tokens of its prompt."""
+
+
+class Readback:
+    """A tensor on its way from the device to the host. It is copied: the next step may write where it lies."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        on_gpu = tensor.device.type == "cuda"
+        self._host = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
+        self._host.copy_(tensor, non_blocking=True)
+        self._arrived = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """Wait for it. -> it, on the host."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
 
 
 @dataclass(frozen=True)
@@ -78,36 +97,63 @@ class ModelRunner:
     builder: BatchBuilder
     last_tokens: Tensor
     """int64 [slots + 1], on the device: the token that each slot's sequence sampled last; padding has the last."""
+    graphs: StepGraphs | None
     overlaps: bool
     """Whether a step is to be launched while the one before it runs."""
     load_seconds: float
 
     def forward(self, rows: Rows[Row]) -> Forward:
-        """Compute a step: keys and values of every row's tokens."""
-        layout = layout_of(rows, self.block_size)
-        buffer = torch.empty(layout.size, dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self.builder.fill(rows, layout, buffer.numpy())
-        batch = layout.batch(buffer.to(self.device, non_blocking=True))
+        """Compute a step: keys and values of every row's tokens. Where that is all it takes, also the tokens that are
+        sampled."""
+        sampling = [row for row in rows if row.samples]
+        greedy = bool(sampling) and all(_takes_the_largest(row) for row in sampling)
         with torch.inference_mode():
-            known = batch.from_slots < 0
-            token_ids = torch.where(known, batch.token_ids, self.last_tokens[batch.from_slots.clamp(min=0)])
-            return Forward(rows, batch, self.model.forward(token_ids, batch, self.cache))
+            result = None
+            if self.graphs is not None and not any(row.scores for row in rows):
+                result = self.graphs.launch(rows, greedy=greedy)
+            if result is None:
+                layout = layout_of(rows, self.block_size)
+                buffer = stage(self.builder, rows, layout, self.device).to(self.device, non_blocking=True)
+                result = self.step(layout.batch(buffer), greedy)
+        return Forward(rows, result)
+
+    def step(self, batch: Batch, greedy: bool) -> StepResult:
+        """The device's part of a step, with nothing in it that waits for the host: it can be captured."""
+        known = batch.from_slots < 0
+        token_ids = torch.where(known, batch.token_ids, self.last_tokens[batch.from_slots.clamp(min=0)])
+        hidden = self.model.forward(token_ids, batch, self.cache)
+        chosen = None
+        if greedy:
+            chosen, _ = self.model.kernels.linear_argmax(hidden[batch.logit_rows], self.model.head)
+            self._keep(batch.to_slots, chosen)
+        return StepResult(batch, hidden, chosen)
 
     def launch(self, forward: Forward) -> Launched:
         """Sample the next token of those rows that sample, and keep it for the step after."""
         sampling = [row for row in forward.rows if row.samples]
+        result, batch = forward.result, forward.result.batch
         with torch.inference_mode():
             prompt_logprobs = self._score_prompts(forward)
+            if result.token_ids is not None:
+                return Launched(forward.rows, Readback(result.token_ids[: len(sampling)]), prompt_logprobs)
             sampled = []
             if sampling:
-                logits = self.model.logits(forward.hidden[forward.batch.logit_rows]).float()
+                logits = self.model.logits(result.hidden[batch.logit_rows[: len(sampling)]]).float()
                 sampled = sample(logits, [_sample_row(row) for row in sampling])
-                self.last_tokens[forward.batch.to_slots] = torch.tensor([result.token or 0 for result in sampled])
+                tokens = torch.tensor([-1 if each.token is None else each.token for each in sampled])
+                self._keep(batch.to_slots[: len(sampling)], tokens)
         return Launched(forward.rows, sampled, prompt_logprobs)
+
+    def _keep(self, slots: Tensor, tokens: Tensor) -> None:
+        """slots, tokens int64 [R]: what the next step reads. A token that is none stands for a row that has failed."""
+        self.last_tokens[slots] = tokens.clamp(min=0)
 
     def collect(self, launched: Launched) -> Collected:
         """Wait for a step's results."""
-        return Collected(launched.sampled, launched.prompt_logprobs)
+        sampled = launched.sampled
+        if isinstance(sampled, Readback):
+            sampled = [Sampled(None if token < 0 else token) for token in sampled.read().tolist()]
+        return Collected(sampled, launched.prompt_logprobs)
 
     def _score_prompts(self, forward: Forward) -> dict[Sequence, list[TokenLogprobs]]:
         scored: dict[Sequence, list[TokenLogprobs]] = {}
@@ -116,11 +162,18 @@ class ModelRunner:
             top_n = row.sequence.params.prompt_logprobs or 0
             for start in range(row.scores.start, row.scores.stop, SCORED_TOGETHER):
                 end = min(start + SCORED_TOGETHER, row.scores.stop)
-                hidden = forward.hidden[first + start - row.start : first + end - row.start]
+                hidden = forward.result.hidden[first + start - row.start : first + end - row.start]
                 entries = score(self.model.logits(hidden).float(), row.sequence.tokens[start + 1 : end + 1], top_n)
                 scored.setdefault(row.sequence, []).extend(entries)
             first += row.num_tokens
         return scored
+
+
+def _takes_the_largest(row: Row) -> bool:
+    """Whether the row's next token is the one with the largest logit, and nothing else is asked."""
+    params = row.sequence.params
+    changed = params.logit_bias or params.allowed_token_ids or row.sequence.ending_ids(row.end)
+    return params.temperature == 0 and params.logprobs is None and not (row.sequence.needs_history or changed)
 
 
 def _sample_row(row: Row) -> SampleRow:
@@ -179,7 +232,10 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
         )
         last_tokens = torch.zeros(config.scheduler.max_num_seqs + 1, dtype=torch.int64, device=device)
     default_tokens = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
-    return ModelRunner(
+    builder = BatchBuilder(
+        num_slots=config.scheduler.max_num_seqs, max_model_len=plan.max_model_len, block_size=config.cache.block_size
+    )
+    runner = ModelRunner(
         model=model,
         cache=cache,
         plan=plan,
@@ -187,15 +243,29 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
         dtype=dtype,
         block_size=config.cache.block_size,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens or default_tokens,
-        builder=BatchBuilder(
-            num_slots=config.scheduler.max_num_seqs,
-            max_model_len=plan.max_model_len,
-            block_size=config.cache.block_size,
-        ),
+        builder=builder,
         last_tokens=last_tokens,
+        graphs=None,
         overlaps=device.type == "cuda",
         load_seconds=time.monotonic() - started,
     )
+    if device.type != "cuda" or config.enforce_eager:
+        return runner
+    return with_graphs(runner, CudaCapture(), max_num_seqs=config.scheduler.max_num_seqs)
+
+
+def with_graphs(runner: ModelRunner, capture: Capture, *, max_num_seqs: int) -> ModelRunner:
+    """-> the same runner, which replays its steps where they can be captured."""
+    graphs = StepGraphs(
+        runner.step,
+        capture,
+        runner.builder,
+        block_size=runner.block_size,
+        max_model_len=runner.plan.max_model_len,
+        max_num_seqs=max_num_seqs,
+        device=runner.device,
+    )
+    return dataclasses.replace(runner, graphs=graphs)
 
 
 def choose_device(name: str) -> torch.device:
@@ -223,9 +293,7 @@ def choose_weight_format(quantization: str, kernels: Kernels) -> WeightFormat:
         if weight_format == ("plain" if quantization == "none" else quantization):
             return weight_format
     formats = ", ".join("none" if each == "plain" else each for each in kernels.WEIGHT_FORMATS)
-    raise ConfigError(
-        f"--quantization {quantization}: the kernels for {device.type} have {formats}; choose one of them"
-    )
+    raise ConfigError(f"--quantization {quantization}: the kernels of this device have {formats}; choose one of those")
 
 
 def choose_cache_dtype(name: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:

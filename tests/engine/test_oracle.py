@@ -82,7 +82,7 @@ def prompt_logits(runner: ModelRunner, prompt: list[int], chunk: int, wanted: li
     logits = []
     for start in range(0, len(prompt), chunk):
         row = Row(sequence, start, min(chunk, len(prompt) - start), samples=False)
-        hidden = runner.forward([row]).hidden
+        hidden = runner.forward([row]).result.hidden
         rows = [place - start for place in wanted if start <= place < start + row.num_tokens]
         with torch.inference_mode():
             logits.append(runner.model.logits(hidden[torch.tensor(rows).long()]).float())
