@@ -1,50 +1,247 @@
 """The fields of a request that speak of tools: tools, tool_choice, parallel_tool_calls, functions, function_call.
 
-Types with OpenAI's rules, and `read_tools`, which makes a ToolCalls of them. Knows nothing of prompts and answers.
+Types with OpenAI's rules, `read_tools`, which makes a ToolCalls of them, and the rule of where results may stand. Knows
+nothing of prompts and answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from pronk.server.chat.tools import ToolCalls
-from pronk.server.protocol.common import Body
+from pronk.server.chat.tools import Choice, Function, ToolCalls
+from pronk.server.errors import INVALID_VALUE, APIError
+from pronk.server.protocol.common import Body, refuse
+from pronk.server.protocol.strict import check_strict
 
 MAX_TOOLS = 128
+NAME_PATTERN = "[a-zA-Z0-9_-]{1,64}"
 
 
 class FunctionDefinition(Body):
-    name: str = Field(description="1 to 64 of the characters a-z, A-Z, 0-9, _ and -.")
+    name: str = Field(
+        description="1 to 64 of the characters a-z, A-Z, 0-9, _ and -.",
+        json_schema_extra={"pattern": f"^{NAME_PATTERN}$"},
+    )
     description: str | None = Field(None, description="What it does and when to call it; the model reads it.")
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema of an object. Default: no arguments.")
     strict: bool | None = Field(
-        None, description="Hold the arguments to the schema, whether the call is forced or not."
+        None, description="Hold the arguments to the schema also where the model may choose whether to call."
     )
 
 
-class Tool(Body):
-    type: str = Field(description='Only "function".')
-    function: FunctionDefinition | None = None
+class FunctionTool(Body):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class OtherTool(Body):
+    """One of OpenAI's other kinds, custom among them: refused by `read_tools`."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedChoice(Body):
+    """Call this function, once."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: list[NamedChoice] = Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
+
+
+class AllowedChoice(Body):
+    """Call only these functions; with mode required at least one of them."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+class OtherChoice(Body):
+    """Of a tool of another kind: refused by `read_tools`."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+
+def _kind_of_tool(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return "other_tool" if isinstance(kind, str) and kind != "function" else "function_tool"
+
+
+def _kind_of_choice(choice: Any) -> str:
+    if isinstance(choice, str):
+        return "mode_choice"
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+    if kind == "allowed_tools":
+        return "allowed_choice"
+    return "other_choice" if isinstance(kind, str) and kind != "function" else "named_choice"
+
+
+def _kind_of_function_call(choice: Any) -> str:
+    return "mode_choice" if isinstance(choice, str) else "named_choice"
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("function_tool")] | Annotated[OtherTool, Tag("other_tool")],
+    Discriminator(_kind_of_tool),
+]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("mode_choice")]
+    | Annotated[NamedChoice, Tag("named_choice")]
+    | Annotated[AllowedChoice, Tag("allowed_choice")]
+    | Annotated[OtherChoice, Tag("other_choice")],
+    Discriminator(_kind_of_choice),
+]
+Functions = Annotated[list[FunctionDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)]
+FunctionCallChoice = Annotated[
+    Annotated[Literal["none", "auto"], Tag("mode_choice")] | Annotated[FunctionName, Tag("named_choice")],
+    Discriminator(_kind_of_function_call),
+]
 
 
 def read_tools(
-    tools: Sequence[Tool] | None,
-    tool_choice: object = None,
+    tools: Sequence[FunctionTool | OtherTool] | None,
+    tool_choice: str | NamedChoice | AllowedChoice | OtherChoice | None = None,
     parallel_tool_calls: bool | None = None,
     functions: Sequence[FunctionDefinition] | None = None,
-    function_call: object = None,
+    function_call: str | FunctionName | None = None,
 ) -> ToolCalls | None:
-    """The fields of a checked request -> its tools; None where it offers none (an empty list offers none).
+    """The fields of a request, of the types above -> its tools; None where it offers none (an empty list offers none).
 
-    Raises APIError that names the field: a name twice, a choice of a function that is not offered, both the new and the
-    old fields.
+    Raises APIError that names the field: a tool of another kind, a name twice, parameters that are no object's schema,
+    a strict schema that is not strict, a choice of what is not offered, the new fields and the old ones at once.
     """
-    raise NotImplementedError
+    if tools and functions:
+        raise APIError("functions is OpenAI's older name for tools: send one of them.", INVALID_VALUE, "functions")
+    if functions:
+        offered = _offered(functions, lambda place: f"functions[{place}]")
+        legacy_choice = _choice_of_function(function_call, offered)
+        return ToolCalls(offered, legacy_choice, parallel=False, legacy=True)
+    if not tools:
+        _refuse_choice_of_nothing("tool_choice", tool_choice, "tools")
+        _refuse_choice_of_nothing("function_call", function_call, "functions")
+        return None
+    _refuse_choice_of_nothing("function_call", function_call, "functions")
+    offered = _offered(_definitions(tools), lambda place: f"tools[{place}].function")
+    return ToolCalls(offered, _choice(tool_choice, offered), parallel=parallel_tool_calls is not False)
+
+
+def offered_function(definition: FunctionDefinition, param: str) -> Function:
+    """param: where the definition stands in the request. Raises APIError for a name that OpenAI's API would not have,
+    and for parameters that are no object's schema, or not strict where they are to be."""
+    if not re.fullmatch(NAME_PATTERN, definition.name):
+        raise APIError(
+            f"'{param}.name' must be 1 to 64 of the characters a-z, A-Z, 0-9, _ and -.", INVALID_VALUE, f"{param}.name"
+        )
+    parameters = definition.parameters
+    if parameters is not None and parameters.get("type", "object") != "object":
+        raise APIError(
+            f"'{param}.parameters' must be the JSON schema of an object: its type must be \"object\".",
+            INVALID_VALUE,
+            f"{param}.parameters",
+        )
+    if definition.strict and parameters is not None:
+        check_strict(parameters, f"{param}.parameters")
+    return Function(definition.name, definition.description, parameters, strict=bool(definition.strict))
+
+
+def _definitions(tools: Sequence[FunctionTool | OtherTool]) -> list[FunctionDefinition]:
+    definitions = []
+    for place, tool in enumerate(tools):
+        if isinstance(tool, OtherTool):
+            param = f"tools[{place}].type"
+            raise refuse(param, f"A tool of type '{tool.type}' cannot be used: '{param}' must be 'function'.")
+        definitions.append(tool.function)
+    return definitions
+
+
+def _offered(definitions: Sequence[FunctionDefinition], param_of: Callable[[int], str]) -> tuple[Function, ...]:
+    names: set[str] = set()
+    functions = []
+    for place, definition in enumerate(definitions):
+        param = param_of(place)
+        if definition.name in names:
+            raise APIError(
+                f"'{param}.name' is '{definition.name}', which another function is called already.",
+                INVALID_VALUE,
+                f"{param}.name",
+            )
+        names.add(definition.name)
+        functions.append(offered_function(definition, param))
+    return tuple(functions)
+
+
+def _refuse_choice_of_nothing(param: str, choice: object, missing: str) -> None:
+    if choice not in (None, "none", "auto"):
+        raise APIError(f"{param} asks for a call, but {missing} offers nothing to call.", INVALID_VALUE, param)
+
+
+def _choice(tool_choice: str | NamedChoice | AllowedChoice | OtherChoice | None, offered: Sequence[Function]) -> Choice:
+    match tool_choice:
+        case None | "auto":
+            return Choice("auto")
+        case "none":
+            return Choice("none")
+        case "required":
+            return Choice("required")
+        case NamedChoice():
+            return _named(tool_choice.function.name, offered, "tool_choice.function.name")
+        case AllowedChoice():
+            allowed = tool_choice.allowed_tools
+            for place, tool in enumerate(allowed.tools):
+                _require(tool.function.name, offered, f"tool_choice.allowed_tools.tools[{place}].function.name")
+            return Choice(allowed.mode, frozenset(tool.function.name for tool in allowed.tools))
+    kind = tool_choice.type if isinstance(tool_choice, OtherChoice) else tool_choice
+    raise refuse(
+        "tool_choice.type",
+        f"A choice of type '{kind}' cannot be used: 'tool_choice.type' must be 'function' or 'allowed_tools'.",
+    )
+
+
+def _choice_of_function(function_call: str | FunctionName | None, offered: Sequence[Function]) -> Choice:
+    if isinstance(function_call, FunctionName):
+        return _named(function_call.name, offered, "function_call.name")
+    return Choice("none") if function_call == "none" else Choice("auto")
+
+
+def _named(name: str, offered: Sequence[Function], param: str) -> Choice:
+    _require(name, offered, param)
+    return Choice("required", frozenset((name,)), named=True)
+
+
+def _require(name: str, offered: Sequence[Function], param: str) -> None:
+    if all(function.name != name for function in offered):
+        raise APIError(f"'{param}' is '{name}', which is none of the functions offered.", INVALID_VALUE, param)
 
 
 def check_tool_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raises APIError for a tool's (or function's) message that follows no call. Ids are not compared."""
-    raise NotImplementedError
+    """messages: those of a request, as OpenAI's clients write them.
+
+    Raises APIError for a result, of role tool or function, that follows no call. Ids are not compared, and a call needs
+    no result: clients shorten conversations, and write ids of their own.
+    """
+    called = False
+    for place, message in enumerate(messages):
+        role = message["role"]
+        if role not in ("tool", "function"):
+            called = role == "assistant" and bool(message.get("tool_calls") or message.get("function_call"))
+        elif not called:
+            param = f"messages[{place}].role"
+            raise APIError(
+                f"A message of role '{role}' must follow an assistant's message with calls, at '{param}'.",
+                INVALID_VALUE,
+                param,
+            )
