@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,15 +15,14 @@ import pronk.engine
 from pronk.engine.client import AsyncEngine
 from pronk.engine.config import EngineConfig, replace
 from pronk.engine.model.config import GenerationDefaults, load_generation_defaults
-from pronk.engine.tokenizer import Tokenizer, Vocabulary
+from pronk.engine.tokenizer import Tokenizer
 from pronk.engine.weights.hub import resolve_model
 from pronk.engine.wire import Progress
-from pronk.server.chat.template import ChatTemplate, normalise, read_chat_template, template_family
+from pronk.server.chat.template import ChatTemplate, read_chat_template, template_family
 from pronk.server.config import EMBEDDED_MODEL
 from pronk.server.service import ServedModel
 
 T = TypeVar("T")
-Render = Callable[[Sequence[Mapping[str, Any]]], list[int]]
 
 
 async def load_model(config: EngineConfig, on_progress: Callable[[Progress], None]) -> ServedModel:
@@ -38,13 +37,13 @@ async def load_model(config: EngineConfig, on_progress: Callable[[Progress], Non
         AsyncEngine.start(replace(config, model=str(folder)), on_progress=on_progress), name="engine-start"
     )
     try:
-        vocabulary, render, defaults = await _in_thread(lambda: read_text_side(folder))
+        tokenizer, template, defaults = await _in_thread(lambda: read_text_side(folder))
         engine = await starting
     except BaseException:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         raise
-    return ServedModel(engine=engine, vocabulary=vocabulary, render=render, defaults=defaults)
+    return ServedModel(engine=engine, tokenizer=tokenizer, template=template, defaults=defaults)
 
 
 def embedded_folder() -> Path:
@@ -52,15 +51,11 @@ def embedded_folder() -> Path:
     return Path(pronk.engine.__path__[0]) / EMBEDDED_MODEL
 
 
-def read_text_side(folder: Path) -> tuple[Vocabulary, Render, GenerationDefaults]:
+def read_text_side(folder: Path) -> tuple[Tokenizer, ChatTemplate, GenerationDefaults]:
     """What the server's process needs of a checkpoint: no weights. Raises CheckpointError."""
     tokenizer = Tokenizer.from_folder(folder)
     template = ChatTemplate(tokenizer, template_family(read_chat_template(folder)))
-
-    def render(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return template.render(normalise(messages))
-
-    return tokenizer.vocabulary, render, load_generation_defaults(folder)
+    return tokenizer, template, load_generation_defaults(folder)
 
 
 async def _in_thread(work: Callable[[], T]) -> T:

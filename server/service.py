@@ -7,7 +7,7 @@ loading -> ready -> draining, and failed from any of them when the engine is gon
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from pronk.engine.errors import EngineDeadError, EngineDrainingError, PronkError
 from pronk.engine.model.config import GenerationDefaults
 from pronk.engine.request import Output, Request
-from pronk.engine.tokenizer import Vocabulary
+from pronk.engine.tokenizer import Tokenizer, Vocabulary
 from pronk.engine.wire import EngineInfo, EngineStats, Step
+from pronk.server.chat.template import ChatTemplate, normalise
 from pronk.server.errors import NotReadyError
 
 
@@ -41,16 +42,26 @@ class ServedModel:
     """A loaded model with everything that turns messages into tokens and tokens into text."""
 
     engine: Engine
-    vocabulary: Vocabulary
-    render: Callable[[Sequence[dict[str, Any]]], list[int]]
-    """Messages, as OpenAI's API spells them, to the prompt's token ids. Raises InvalidParameterError."""
+    tokenizer: Tokenizer
+    template: ChatTemplate
     defaults: GenerationDefaults
     created: int = field(default_factory=lambda: int(time.time()))
     """When it was loaded, in seconds since 1970."""
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        return self.tokenizer.vocabulary
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         return frozenset(self.engine.info.eos_token_ids)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """messages: as OpenAI's API spells them; options: those of ChatTemplate.render. -> the prompt's token ids.
+
+        Raises InvalidParameterError.
+        """
+        return self.template.render(normalise(messages), **options)
 
 
 class Phase(Enum):

@@ -23,6 +23,7 @@ from pronk.engine.cria.recipe.prompt import Conversation, Turn, load_encoding, r
 from pronk.engine.llm import LLM
 from pronk.engine.request import SamplingParams
 from pronk.engine.tokenizer import load_vocabulary
+from pronk.server.chat.template import Message
 from pronk.server.loading import read_text_side
 
 CRIA = Path(pronk.engine.cria.__file__).parent
@@ -174,11 +175,11 @@ def test_a_conversation_goes_on() -> None:
 
 def test_pronk_answers_as_right_as_transformers_does() -> None:
     """The same questions through Pronk's own template, tokenizer and engine, in the checkpoint's own bfloat16."""
-    _, render, _ = read_text_side(CRIA)
+    _, template, _ = read_text_side(CRIA)
     vocabulary = load_vocabulary(CRIA)
     llm = LLM(replace(EngineConfig(model=str(CRIA)), memory="64MiB"))
     entries = QUESTIONS["seen"]
-    prompts = [render([{"role": "user", "content": entry["ask"]}]) for entry in entries]
+    prompts = [template.render([Message("user", entry["ask"])]) for entry in entries]
     params = SamplingParams(temperature=0, max_tokens=LONGEST_ANSWER)
     answers = llm.generate(prompts, params)
     texts = [b"".join(map(vocabulary.token_bytes, answer.token_ids)).decode() for answer in answers]

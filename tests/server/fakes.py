@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from pronk.engine.client import check_request
@@ -18,7 +19,7 @@ from pronk.engine.model.config import GenerationDefaults
 from pronk.engine.request import Output, Request, TokenLogprobs
 from pronk.engine.tokenizer import Tokenizer, Vocabulary, llama_special_tokens
 from pronk.engine.wire import EngineInfo, EngineStats, Step
-from pronk.server.chat.template import ChatTemplate, normalise
+from pronk.server.chat.template import ChatTemplate
 from pronk.server.service import ServedModel, Service
 
 BYTES = Vocabulary(tuple(bytes([byte]) for byte in range(256)), llama_special_tokens(256))
@@ -283,11 +284,10 @@ class Client:
 
 
 def served(engine: FakeEngine, **defaults: Any) -> ServedModel:
-    template = ChatTemplate(BYTES_TOKENIZER)
     return ServedModel(
         engine=engine,
-        vocabulary=BYTES,
-        render=lambda messages: template.render(normalise(messages), date_string="26 Jul 2024"),
+        tokenizer=BYTES_TOKENIZER,
+        template=ChatTemplate(BYTES_TOKENIZER, today=lambda: date(2024, 7, 26)),
         defaults=GenerationDefaults(**defaults),
         created=1_700_000_000,
     )

@@ -171,7 +171,9 @@ async def test_an_engine_that_dies_fails_whole_answers(connect: Connect) -> None
     assert reply.error["code"] == "engine_down"
 
 
-FAILED = Output(request_id="", finish_reason="error", error="the numbers are not finite")
+FAILED = Output(
+    request_id="", finish_reason="error", error="the numbers are not finite", error_kind="NonFiniteLogitsError"
+)
 
 
 async def test_a_failed_request_is_a_500(connect: Connect) -> None:

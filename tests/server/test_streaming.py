@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,22 +15,15 @@ from hypothesis import strategies as st
 from pronk.engine.detokenizer import Detokenizer
 from pronk.engine.errors import EngineDeadError
 from pronk.engine.request import Output, SamplingParams
+from pronk.server.chat.chunks import ChunkWriter, Head, Wanted
+from pronk.server.generation import Answer, Assembler, Generation, Prompt, Scored
 from pronk.server.record import RequestRecord
-from pronk.server.streaming import (
-    Answer,
-    Assembler,
-    ChunkWriter,
-    ClientDisconnectedError,
-    collect,
-    deltas,
-    sse,
-    to_json,
-    unless_disconnected,
-)
+from pronk.server.streaming import ClientDisconnectedError, sse, to_json, unless_disconnected
 
-from .fakes import BYTES, END_OF_TURN, fake_logprobs
+from .fakes import BYTES, END_OF_TURN, FakeEngine, fake_logprobs, served
 
 EOS = frozenset({END_OF_TURN})
+HEAD = Head("c", 1, "m")
 TOKENS = st.lists(
     st.sampled_from([*"aaabcé€\U0001f999\u2028".encode(), 0xFF, 300, END_OF_TURN - 1]) | st.integers(0, 511),
     max_size=24,
@@ -68,34 +61,40 @@ def engine_ends(tokens: Sequence[int], params: SamplingParams) -> tuple[list[int
     return list(tokens), "length", None
 
 
-async def iterate(outputs: Sequence[Output]) -> AsyncIterator[Output]:
-    for output in outputs:
-        yield output
+def generation(outputs: Sequence[Output], params: SamplingParams, record: RequestRecord | None = None) -> Generation:
+    """One completion that is these outputs."""
+    return Generation(
+        [Prompt([1], [params])],
+        request_id="r",
+        model=served(FakeEngine(lambda request: outputs)),
+        record=record or RequestRecord("r"),
+    )
 
 
-def parts_of(outputs: Sequence[Output], params: SamplingParams, record: RequestRecord) -> Any:
-    return deltas(iterate(outputs), Assembler(BYTES, params, EOS), record)
+async def whole_of(outputs: Sequence[Output], params: SamplingParams) -> Answer:
+    (answer,) = await generation(outputs, params).collect()
+    return answer
 
 
-async def streamed(outputs: Sequence[Output], params: SamplingParams, *, logprobs: bool) -> Answer:
+async def streamed(outputs: Sequence[Output], params: SamplingParams) -> tuple[str, list[Any], str]:
     """What a client makes of the events."""
     sent: list[bytes] = []
 
     async def send(message: Any) -> None:
         sent.append(message.get("body", b""))
 
-    writer = ChunkWriter(completion_id="c", created=1, model="m", logprobs=logprobs, usage=False)
     record = RequestRecord("r")
-    await sse(parts_of(outputs, params, record), writer, record, send, include_usage=False)
+    writer = ChunkWriter(HEAD, Wanted(logprobs=params.logprobs is not None), BYTES, record)
+    await sse(generation(outputs, params, record).deltas(), writer, send, name="r")
     lines = b"".join(sent).decode().split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     choices = [msgspec.json.decode(line[6:])["choices"][0] for line in lines[:-2]]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
     assert [choice["finish_reason"] for choice in choices[:-1]] == [None] * (len(choices) - 1)
     assert choices[-1]["delta"] == {}
-    return Answer(
+    return (
         "".join(choice["delta"].get("content", "") for choice in choices),
-        [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]],
+        [entry["logprob"] for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]],
         choices[-1]["finish_reason"],
     )
 
@@ -117,18 +116,15 @@ def test_a_stream_and_a_whole_answer_say_the_same(
     outputs = cut(kept, cuts, finish=finish, stop_reason=stop_reason, top=top)
     at_once = cut(kept, [], finish=finish, stop_reason=stop_reason, top=top)
 
-    async def both() -> tuple[Answer, Answer, Answer]:
-        return (
-            await collect(parts_of(outputs, params, RequestRecord("r"))),
-            await streamed(outputs, params, logprobs=top is not None),
-            await collect(parts_of(at_once, params, RequestRecord("r"))),
-        )
+    async def all_ways() -> tuple[Answer, tuple[str, list[Any], str], Answer]:
+        return await whole_of(outputs, params), await streamed(outputs, params), await whole_of(at_once, params)
 
-    whole, stream, uncut = asyncio.run(both())
-    assert whole == stream == uncut
+    whole, stream, uncut = asyncio.run(all_ways())
+    assert whole == uncut
+    assert stream == (whole.text, [scored.logprobs.logprob for scored in whole.logprobs], whole.finish_reason)
     # Every token's logprobs once, in order, and nothing but them.
-    told = [entry["logprob"] for entry in whole.logprobs]
-    assert told == ([] if top is None else [fake_logprobs(token, 0).logprob for token in kept])
+    assert whole.logprobs == ([] if top is None else [Scored(token, fake_logprobs(token, top)) for token in kept])
+    assert whole.token_ids == kept
 
 
 @given(text=st.text(max_size=20), cuts=st.lists(st.integers(0, 60), max_size=8))
@@ -142,6 +138,8 @@ def test_logprobs_come_with_the_text_they_complete(text: str, cuts: list[int]) -
     shown, told = "", 0
     for output in outputs:
         delta = assembler.feed(output)
+        if delta is None:
+            continue
         shown += delta.text
         told += len(delta.logprobs)
         if delta.finish_reason is None:
@@ -151,27 +149,32 @@ def test_logprobs_come_with_the_text_they_complete(text: str, cuts: list[int]) -
 
 def test_a_stop_text_that_is_not_completed_is_shown_at_the_end() -> None:
     assembler = Assembler(BYTES, SamplingParams(stop=("END",)), EOS)
-    texts = [assembler.feed(output).text for output in cut(b"xEN", [1, 2], finish="length", stop_reason=None, top=None)]
-    assert texts == ["x", "", "EN"]
+    told = [assembler.feed(output) for output in cut(b"xEN", [1, 2], finish="length", stop_reason=None, top=None)]
+    assert [delta and delta.text for delta in told] == ["x", None, "EN"]
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "ab"), (True, "abc")])
 def test_a_token_that_ended_the_answer_is_no_part_of_it(include: bool, text: str) -> None:
     params = SamplingParams(stop_token_ids=(ord("c"),), include_stop_str_in_output=include)
     (output,) = cut(b"abc", [], finish="stop", stop_reason=ord("c"), top=None)
-    assert Assembler(BYTES, params, EOS).feed(output).text == text
+    delta = Assembler(BYTES, params, EOS).feed(output)
+    assert delta is not None
+    assert delta.text == text
 
 
 def test_special_tokens_are_shown_when_asked_for_but_not_the_end() -> None:
     params = SamplingParams(skip_special_tokens=False)
     tokens = [BYTES.special_tokens["<|python_tag|>"], ord("a"), END_OF_TURN]
     (output,) = cut(tokens, [], finish="stop", stop_reason=None, top=None)
-    assert Assembler(BYTES, params, EOS).feed(output).text == "<|python_tag|>a"
+    delta = Assembler(BYTES, params, EOS).feed(output)
+    assert delta is not None
+    assert delta.text == "<|python_tag|>a"
 
 
 async def test_the_record_counts() -> None:
     record = RequestRecord("r")
-    await collect(parts_of(cut(b"abc", [1], finish="length", stop_reason=None, top=None), SamplingParams(), record))
+    outputs = cut(b"abc", [1], finish="length", stop_reason=None, top=None)
+    await generation(outputs, SamplingParams(), record).collect()
     assert (record.outcome, record.completion_tokens) == ("length", 3)
     assert record.time_to_first_token is not None
     assert record.time_per_output_token is not None
@@ -180,42 +183,32 @@ async def test_the_record_counts() -> None:
 async def test_an_iterator_that_ends_without_a_reason_is_an_error() -> None:
     record = RequestRecord("r")
     with pytest.raises(Exception, match="without a reason"):
-        await collect(parts_of([Output(request_id="r", token_ids=[97])], SamplingParams(), record))
+        await generation([Output(request_id="r", token_ids=[97])], SamplingParams(), record).collect()
     assert record.outcome == "error"
 
 
-async def test_closing_deltas_early_closes_the_engines_iterator() -> None:
-    closed = []
-
-    async def endless() -> AsyncIterator[Output]:
-        try:
-            while True:
-                yield Output(request_id="r", token_ids=[97])
-        finally:
-            closed.append(True)
-
+async def test_closing_deltas_early_aborts() -> None:
+    engine = FakeEngine(lambda request: [Output(request_id="", token_ids=[97])] * 9)
     record = RequestRecord("r")
-    parts = deltas(endless(), Assembler(BYTES, SamplingParams(), EOS), record)
+    running = Generation([Prompt([1], [SamplingParams()])], request_id="r", model=served(engine), record=record)
+    parts = running.deltas()
     await anext(parts)
     await parts.aclose()
-    assert closed == [True]
+    assert engine.aborted == ["r"]
     assert record.outcome == "client_abort"
 
 
 async def test_an_error_before_the_first_delta_sends_nothing() -> None:
-    async def dead() -> AsyncIterator[Output]:
-        raise EngineDeadError("gone")
-        yield
+    engine = FakeEngine()
+    engine.error = EngineDeadError("gone")
 
     async def send(message: Any) -> None:
         raise AssertionError("nothing may be sent")
 
     record = RequestRecord("r")
-    writer = ChunkWriter(completion_id="c", created=1, model="m", logprobs=False, usage=False)
+    running = Generation([Prompt([1], [SamplingParams()])], request_id="r", model=served(engine), record=record)
     with pytest.raises(EngineDeadError):
-        await sse(
-            deltas(dead(), Assembler(BYTES, SamplingParams(), EOS), record), writer, record, send, include_usage=False
-        )
+        await sse(running.deltas(), ChunkWriter(HEAD, Wanted(), BYTES, record), send, name="r")
 
 
 async def test_work_is_cancelled_and_has_ended_when_the_client_leaves() -> None:

@@ -1,0 +1,69 @@
+"""What every route that generates does alike: read the body, and answer with a Generation, streamed or whole.
+
+Knows HTTP and the Generation; no endpoint's fields and no body's shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pronk.engine.errors import RequestError
+from pronk.server.body import read_body
+from pronk.server.generation import Answer, Generation
+from pronk.server.streaming import EventWriter, sse, to_json, unless_disconnected
+
+T = TypeVar("T")
+
+# Shorter bodies are read on the spot, within a few milliseconds; a longer one would hold up other streams.
+INLINE_BYTES = 16_384
+
+
+async def read_request(request: HTTPRequest, read: Callable[[bytes], T]) -> T:
+    """-> what `read` makes of the body; it runs in a thread where it may take long. Raises what it raises."""
+    body = await read_body(request.receive, request.app.state.config.max_body_bytes)
+    return read(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(read, body)
+
+
+class GenerationResponse(Response):
+    """Asks the engine when it is sent, so that leaving the client's connection ends the asking."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        *,
+        body: Callable[[Sequence[Answer]], Any],
+        writer: EventWriter | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        """body: makes the whole answer, to be written as JSON. writer: of the stream, when one is wanted.
+
+        names: the engine's name of a field -> the name that the client used, where that is another.
+        """
+        super().__init__()
+        self._generation = generation
+        self._body = body
+        self._writer = writer
+        self._names = names or {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if self._writer is not None:
+                await unless_disconnected(receive, self._stream(self._writer, send))
+            else:
+                await self._whole(scope, receive, send)
+        except RequestError as error:
+            error.param = self._names.get(error.param or "", error.param)
+            raise
+
+    async def _stream(self, writer: EventWriter, send: Send) -> None:
+        await sse(self._generation.deltas(), writer, send, name=self._generation.record.request_id)
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answers = await unless_disconnected(receive, self._generation.collect())
+        await Response(to_json(self._body(answers)), media_type="application/json")(scope, receive, send)
