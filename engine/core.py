@@ -10,6 +10,7 @@ Knows requests by their tokens; not who sent them, nor over what. Two callers: `
 
 from __future__ import annotations
 
+import concurrent.futures
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from pronk.engine.cache.manager import CacheManager
 from pronk.engine.config import EngineConfig
 from pronk.engine.detokenizer import Detokenizer
-from pronk.engine.errors import NonFiniteLogitsError, PronkError
+from pronk.engine.errors import InvalidParameterError, NonFiniteLogitsError, PronkError
+from pronk.engine.grammar import GrammarCompiler, Mask, Matcher
 from pronk.engine.request import Output, Request, Timing, TokenLogprobs
 from pronk.engine.runner import Launched, ModelRunner
 from pronk.engine.sampling.sampler import Sampled
@@ -26,6 +28,9 @@ from pronk.engine.scheduler import Row, Scheduler
 from pronk.engine.sequence import Sequence, Status
 from pronk.engine.tokenizer import Vocabulary
 from pronk.engine.wire import EngineStats
+
+COMPILE_WAIT_SECONDS = 0.02
+"""How long a step with nothing else to do waits for a grammar."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class EngineCore:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=runner.max_num_batched_tokens,
         )
+        self._grammars = GrammarCompiler(
+            vocabulary, runner.model.config.eos_token_ids, vocab_size=runner.model.config.vocab_size
+        )
+        self._compilers = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiling: dict[Sequence, concurrent.futures.Future[Matcher]] = {}
+        self._doomed: dict[Sequence, PronkError] = {}
         self._sequences: dict[str, Sequence] = {}
         self._ended: list[Output] = []
         self._running: Step | None = None
@@ -70,7 +81,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to say."""
-        return self._scheduler.has_work or self._running is not None or bool(self._ended)
+        return self._scheduler.has_work or self._running is not None or bool(self._ended or self._compiling)
 
     def add(self, request: Request) -> None:
         """Queue a request that was checked (client.check_request)."""
@@ -94,8 +105,11 @@ class EngineCore:
             arrival=self._clock(),
             detokenizer=detokenizer,
         )
-        self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
+        if params.grammar is None:
+            self._scheduler.add(sequence)
+        else:
+            self._compiling[sequence] = self._compilers.submit(self._grammars.compile, params.grammar)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End these requests; the next step says so. Those that are unknown or have ended are no error."""
@@ -103,11 +117,13 @@ class EngineCore:
             sequence = self._sequences.pop(request_id, None)
             if sequence is not None:
                 sequence.finish("abort")
+                self._compiling.pop(sequence, None)
                 self._scheduler.remove(sequence)
                 self._ended.append(self._output(sequence))
 
     def step(self) -> list[Output]:
         """Run one step. -> what was added to each request, and how requests ended, since the last."""
+        self._add_compiled()
         outputs, self._ended = self._ended, []
         previous, self._running = self._running, None
         rows = self._scheduler.schedule()
@@ -119,13 +135,43 @@ class EngineCore:
             if previous is not None and any(row.samples and row.sequence.needs_history for row in rows):
                 outputs += self._finish(previous)
                 previous = None
-            self._running = Step(rows, self._runner.launch(forward), started)
+            self._running = Step(rows, self._runner.launch(forward, self._masks(rows)), started)
         if previous is not None:
             outputs += self._finish(previous)
         if self._running is not None and not self._runner.overlaps:
             outputs += self._finish(self._running)
             self._running = None
         return outputs
+
+    def _add_compiled(self) -> None:
+        """Queue the sequences whose grammars are ready, in the order in which they came."""
+        if self._compiling and not (self._scheduler.has_work or self._running or self._ended):
+            concurrent.futures.wait(self._compiling.values(), COMPILE_WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        for sequence, future in list(self._compiling.items()):
+            if future.done():
+                del self._compiling[sequence]
+                error = future.exception()
+                if error is None:
+                    sequence.matcher = future.result()
+                    self._scheduler.add(sequence)
+                elif isinstance(error, PronkError):
+                    sequence.fail(error)
+                    del self._sequences[sequence.request_id]
+                    self._ended.append(self._output(sequence))
+                else:
+                    raise error
+
+    def _masks(self, rows: list[Row]) -> dict[Sequence, Mask]:
+        """What may come next in those rows that sample by a grammar; worked out while the device computes."""
+        masks: dict[Sequence, Mask] = {}
+        for row in rows:
+            sequence = row.sequence
+            if row.samples and sequence.matcher is not None and sequence.status is not Status.FINISHED:
+                try:
+                    masks[sequence] = sequence.matcher.mask(sequence.max_tokens - (row.end - sequence.num_prompt))
+                except InvalidParameterError as error:
+                    self._doomed[sequence] = error
+        return masks
 
     def prepare(self) -> bool:
         """While there is nothing to do: make ready what makes later steps faster. -> whether there may be more."""
@@ -155,14 +201,22 @@ class EngineCore:
 
     def _judge(self, sequence: Sequence, result: Sampled | None, scored: Iterable[TokenLogprobs], now: float) -> None:
         """End what cannot go on; note who has a first token."""
+        doom = self._doomed.pop(sequence, None)
         failed = result is not None and result.token is None
-        if failed or any(entry.logprob != entry.logprob for entry in scored):  # NaN
+        if doom is not None:
+            sequence.fail(doom)
+        elif failed or any(entry.logprob != entry.logprob for entry in scored):  # NaN
             self._counters.nonfinite_logits += 1
             sequence.fail(NonFiniteLogitsError("the model produced numbers that are not finite for this request"))
         elif result is not None:
             self._counters.generated_tokens += 1
             if sequence.first_token is None:
                 sequence.first_token = now
+            if sequence.matcher is not None and result.token is not None:
+                try:
+                    sequence.matcher.accept(result.token)
+                except InvalidParameterError as error:
+                    sequence.fail(error)
 
     def _output(
         self, sequence: Sequence, result: Sampled | None = None, scored: list[TokenLogprobs] | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from pronk.engine.batch import Batch, BatchBuilder, layout_of
 from pronk.engine.cache import memory
 from pronk.engine.config import EngineConfig
 from pronk.engine.errors import ConfigError
+from pronk.engine.grammar import Mask
 from pronk.engine.graphs import Capture, CudaCapture, StepGraphs, StepResult, stage
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
@@ -128,8 +129,9 @@ class ModelRunner:
             self._keep(batch.to_slots, chosen)
         return StepResult(batch, hidden, chosen)
 
-    def launch(self, forward: Forward) -> Launched:
-        """Sample the next token of those rows that sample, and keep it for the step after."""
+    def launch(self, forward: Forward, masks: Mapping[Sequence, Mask]) -> Launched:
+        """Sample the next token of those rows that sample, and keep it for the step after. masks: which tokens may be
+        sampled, for sequences where not all may."""
         sampling = [row for row in forward.rows if row.samples]
         result, batch = forward.result, forward.result.batch
         with torch.inference_mode():
@@ -139,7 +141,7 @@ class ModelRunner:
             sampled = []
             if sampling:
                 logits = self.model.logits(result.hidden[batch.logit_rows[: len(sampling)]]).float()
-                sampled = sample(logits, [_sample_row(row) for row in sampling])
+                sampled = sample(logits, [_sample_row(row, masks.get(row.sequence)) for row in sampling])
                 tokens = torch.tensor([-1 if each.token is None else each.token for each in sampled])
                 self._keep(batch.to_slots[: len(sampling)], tokens)
         return Launched(forward.rows, sampled, prompt_logprobs)
@@ -176,7 +178,7 @@ def _takes_the_largest(row: Row) -> bool:
     return params.temperature == 0 and params.logprobs is None and not (row.sequence.needs_history or changed)
 
 
-def _sample_row(row: Row) -> SampleRow:
+def _sample_row(row: Row, mask: Mask | None) -> SampleRow:
     sequence = row.sequence
     return SampleRow(
         params=sequence.params,
@@ -185,6 +187,7 @@ def _sample_row(row: Row) -> SampleRow:
         output_counts=sequence.output_counts,
         prompt_ids=sequence.prompt_ids,
         forbidden_ids=sequence.ending_ids(row.end),
+        mask=mask,
     )
 
 

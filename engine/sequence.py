@@ -9,10 +9,25 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
+from typing import Any, Protocol
 
 from pronk.engine.detokenizer import Detokenizer
 from pronk.engine.errors import PronkError
 from pronk.engine.request import FinishReason, Request
+
+
+class Matcher(Protocol):
+    """What a sequence knows of the grammar that its text follows (`engine.grammar.Matcher` is one)."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing can follow."""
+
+    def mask(self, budget: int, /) -> Any:
+        """Which tokens may come next, of `budget` at most."""
+
+    def accept(self, token: int, /) -> None:
+        """It came."""
 
 
 class Status(enum.Enum):
@@ -70,6 +85,7 @@ class Sequence:
         self.max_tokens = room if self.params.max_tokens is None else min(room, self.params.max_tokens)
         self.eos_token_ids = frozenset() if self.params.ignore_eos else eos_token_ids
         self.stop_token_ids = frozenset(self.params.stop_token_ids)
+        self.matcher: Matcher | None = None  # when the request has a grammar, before it is first scheduled
         self._detokenizer = detokenizer
 
     @property
@@ -115,8 +131,9 @@ class Sequence:
         self.computed_tokens += num_tokens
 
     def ending_ids(self, position: int) -> frozenset[int]:
-        """Tokens that may not be sampled at this position: those that end the completion before it holds min_tokens."""
-        if position - self.num_prompt >= self.params.min_tokens:
+        """Tokens that may not be sampled at this position: those that end the completion before it holds min_tokens.
+        A grammar says by itself when it may end, and may leave nothing else."""
+        if self.matcher is not None or position - self.num_prompt >= self.params.min_tokens:
             return frozenset()
         return self.eos_token_ids | self.stop_token_ids
 
@@ -129,7 +146,9 @@ class Sequence:
         self.output_counts[token] += 1
         if self._detokenizer is not None:
             self._detokenizer.feed([token])
-        if len(self.tokens) - self.num_prompt >= self.params.min_tokens:
+        if self.matcher is not None and self.matcher.done:
+            self.finish("stop")
+        elif len(self.tokens) - self.num_prompt >= self.params.min_tokens:
             if token in self.eos_token_ids:
                 self.finish("stop")
                 return

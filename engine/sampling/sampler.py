@@ -9,7 +9,9 @@ from collections.abc import Mapping, Set
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pronk.engine.request import SamplingParams, TokenLogprobs
@@ -34,6 +36,8 @@ class SampleRow:
     """Tokens of the prompt; needed only with repetition_penalty."""
     forbidden_ids: Set[int]
     """Tokens that must not come next."""
+    mask: NDArray[np.int32] | None = None
+    """Words of 32 tokens, bit t % 32 of word t // 32: which tokens may come next; None: all."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def _adjust(logits: Tensor, row: SampleRow) -> Tensor | None:
     params = row.params
     counted = bool(row.output_counts) and bool(params.presence_penalty or params.frequency_penalty)
     repeated = params.repetition_penalty != 1
-    if not (params.logit_bias or counted or repeated or row.forbidden_ids):
+    if not (params.logit_bias or counted or repeated or row.forbidden_ids or row.mask is not None):
         return None
     adjusted = logits.clone()
     if params.logit_bias:
@@ -77,6 +81,9 @@ def _adjust(logits: Tensor, row: SampleRow) -> Tensor | None:
         penalties.apply_counts(adjusted, row.output_counts, params.presence_penalty, params.frequency_penalty)
     if row.forbidden_ids:
         penalties.forbid(adjusted, row.forbidden_ids)
+    if row.mask is not None:
+        allowed = np.unpackbits(row.mask.view(np.uint8), bitorder="little")[: len(adjusted)]
+        adjusted[torch.from_numpy(allowed).to(adjusted.device) == 0] = float("-inf")
     return adjusted
 
 
