@@ -43,9 +43,9 @@ class GrammarCompiler:
 
         Raises InvalidParameterError, which says what is wrong with it or cannot be enforced.
         """
-        message = llguidance.LLMatcher.validate_grammar(_text(grammar))
-        if message and not llguidance.LLMatcher.is_validate_warning(message):
-            raise InvalidParameterError(message, PARAM)
+        failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_text(grammar))
+        if failed:
+            raise InvalidParameterError(messages[0], PARAM)
 
     def compile(self, grammar: Grammar) -> Matcher:
         """-> a matcher at the text's beginning. Lets other threads run.
