@@ -36,7 +36,9 @@ from pronk.server.chat.tool_literals import (
 
 PYTHON_TAG = "<|python_tag|>"
 OPENERS = "{[<"
-"""The characters with which a call can begin."""
+"""The characters with which a call can begin, any of which a new reader takes."""
+TAUGHT_OPENERS = "{"
+"""The same where only the taught form counts."""
 
 _FUNCTION = "<function="
 _FUNCTION_END = "</function>"
@@ -44,6 +46,8 @@ _ENDS = (_FUNCTION_END, "<|eom_id|>", "<|eot_id|>")
 _ARGUMENTS = ("parameters", "arguments")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _KEYS = tuple(f'"{key}"' for key in ("name", "function", "type", *_ARGUMENTS))
+
+_TAUGHT_KEYS = (('"name"',), ('"parameters"',))
 
 
 class Sink(Protocol):
@@ -65,10 +69,13 @@ class Sink(Protocol):
         """All that was read belongs to a call's form, whatever comes; current: with the current character."""
 
 
-def read_calls(names: Collection[str], sink: Sink) -> Steps[NoReturn]:
-    """Any number of calls. Raises MismatchError at the first character that belongs to none: what was read and was not
-    spent is no call. Between two calls and at the end of the text, "", that is what separates them."""
-    return _Reader(tuple(names), sink).calls()
+def read_calls(names: Collection[str], sink: Sink, *, taught_only: bool = False) -> Steps[NoReturn]:
+    """Any number of calls; taught_only: of the form {"name": "f", "parameters": {...}}, in this order, and no other.
+
+    Raises MismatchError at the first character that belongs to none: what was read and was not spent is no call.
+    Between two calls, and at the end of the text, that is what separates them.
+    """
+    return _Reader(tuple(names), sink, taught_only).calls()
 
 
 class _Arguments:
@@ -107,11 +114,14 @@ class _Arguments:
 
 
 class _Reader:
-    def __init__(self, names: tuple[str, ...], sink: Sink) -> None:
+    def __init__(self, names: tuple[str, ...], sink: Sink, taught_only: bool) -> None:
         self._json_names = tuple(f'"{name}"' for name in names)
         self._tag_names = tuple(f"{name}>" for name in names)
         self._python_names = tuple(f"{name}(" for name in names)
         self._sink = sink
+        self._taught_only = taught_only
+        self._openers = TAUGHT_OPENERS if taught_only else OPENERS
+        self._tags = () if taught_only else (PYTHON_TAG, _FUNCTION)
 
     def calls(self) -> Steps[NoReturn]:
         char = yield ONE
@@ -121,7 +131,7 @@ class _Reader:
             if after_call and char and char in ";,":
                 char = yield ONE
                 continue
-            if not char or char not in OPENERS:
+            if not char or char not in self._openers + ("<" if after_call else ""):
                 raise MismatchError
             self._sink.attempt()
             if char == "{":
@@ -129,7 +139,7 @@ class _Reader:
             elif char == "[":
                 char = yield from self._list()
             else:
-                tag, char = yield from word(char, (PYTHON_TAG, _FUNCTION, *(_ENDS if after_call else ())))
+                tag, char = yield from word(char, self._tags + (_ENDS if after_call else ()))
                 if tag == PYTHON_TAG:
                     continue
                 if tag == _FUNCTION:
@@ -154,7 +164,7 @@ class _Reader:
         seen: set[str] = set()
         char = yield from space((yield ONE))
         while True:
-            quoted, char = yield from word(char, _KEYS)
+            quoted, char = yield from word(char, _TAUGHT_KEYS[len(seen)] if self._taught_only else _KEYS)
             key = quoted.strip('"')
             if key in seen:
                 raise MismatchError
@@ -171,7 +181,7 @@ class _Reader:
             else:
                 char = yield from self._name(char, arguments)
             char = yield from space(char)
-            if char != ",":
+            if char != "," or (self._taught_only and arguments.complete):
                 break
             char = yield from space((yield ONE))
         return (yield from one(char, "}"))
@@ -186,7 +196,7 @@ class _Reader:
     def _arguments(self, char: str, arguments: _Arguments) -> Steps[str]:
         if arguments.complete:
             raise MismatchError
-        if char == '"':
+        if char == '"' and not self._taught_only:
             char = yield from self._arguments_as_text(char, arguments)
         else:
             char = yield from json_object(char, arguments, begun=arguments.begin)

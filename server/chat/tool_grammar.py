@@ -1,18 +1,34 @@
 """tools + tool_choice -> the engine's Grammar under which a small model cannot miss.
 
-Pure functions of what the request says. Knows the notation of the grammar library (Lark with `%json`), and nothing of
-how it is run.
+All calls in it have the form that the chat templates teach, {"name": "f", "parameters": {...}}, and the answer ends
+with them. Functions of what the request says, in the notation of the grammar library (Lark with `%json`); how it is run
+is the engine's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from pronk.engine.errors import InvalidParameterError
 from pronk.engine.request import Grammar
+from pronk.server.chat.tool_schema import closed, moved
 
 if TYPE_CHECKING:
     from pronk.server.chat.tools import Choice, Function
+
+MOST_CALLS = 16
+"""How many calls an answer under a grammar may hold: a small model that repeats itself comes to an end."""
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+# Space is bounded as in the engine's own JSON: none but one after a colon and a comma.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_SPACE = "[ \\t\\n\\r]*"
+# Everything with which `{"name": "f"` begins, f being any name; where the text goes on differently it is only text.
+_BRACE = rf'\{{{_SPACE}("(n(a(m(e("{_SPACE}(:{_SPACE}("[a-zA-Z0-9_-]*)?)?)?)?)?)?)?)?'
 
 
 def call_grammar(
@@ -22,5 +38,106 @@ def call_grammar(
     parallel: bool,
     response_format: Grammar | None = None,
 ) -> Grammar | None:
-    """functions: those that may be called."""
-    raise NotImplementedError
+    """functions: those that may be called; response_format: of an answer without a call. -> None for any text.
+
+    - A call is required: it, or several where that is allowed and none is named. Arguments follow their schemas, in
+      which an object that names its properties has no others.
+    - The model chooses, and answers have a format: calls, or an answer of the format.
+    - The model chooses, and a function is strict: text, calls, or text and then calls. Text does not begin like a call
+      of any form, and wherever a call of the taught form begins, it is one to its end.
+
+    Where the model chooses, arguments of functions that are not strict are any object.
+    Raises InvalidParameterError for a format that no other text can stand beside.
+    """
+    if not functions:
+        return response_format
+    calls = f'calls: call ("; " call){{0,{MOST_CALLS - 1}}}' if parallel and not choice.named else "calls: call"
+    try:
+        if choice.mode == "required":
+            return _lark("start: calls", calls, _forced_calls(functions))
+        if response_format is not None:
+            return _lark("start: calls | format", calls, _calls_as_json(functions), _format(response_format))
+        if any(function.strict for function in functions):
+            return _lark("start: calls | FIRST (TEXT | BRACE)* calls?", calls, _calls_in_text(functions))
+    except RecursionError:
+        raise InvalidParameterError("A schema in tools is nested too deeply.", "tools") from None
+    return None
+
+
+def _lark(*parts: str) -> Grammar:
+    return Grammar("lark", "\n".join(parts) + "\n")
+
+
+def _forced_calls(functions: Sequence[Function]) -> str:
+    rules = []
+    for place, function in enumerate(functions):
+        begin = f'{{"name": "{function.name}", "parameters": '
+        rules.append(f'call_{place}: {json.dumps(begin)} args_{place} "}}"')
+        rules.append(f"args_{place}: {_json(_arguments(function))}")
+    return "\n".join([_one_of("call", len(functions)), *rules])
+
+
+def _calls_as_json(functions: Sequence[Function]) -> str:
+    """As one JSON text, for the library to tell it from another JSON text at any token."""
+    rules = []
+    for place, function in enumerate(functions):
+        call = {
+            "type": "object",
+            "properties": {
+                "name": {"const": function.name},
+                "parameters": moved(_chosen_arguments(function), "#/properties/parameters"),
+            },
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        rules.append(f"call_{place}: {_json(call)}")
+    return "\n".join([_one_of("call", len(functions)), *rules])
+
+
+def _calls_in_text(functions: Sequence[Function]) -> str:
+    """A call's beginning is one terminal, which wins over text because it is longer than every BRACE."""
+    rules = []
+    for place, function in enumerate(functions):
+        rules.append(f'call_{place}: OPEN_{place} ", \\"parameters\\": " args_{place} "}}"')
+        rules.append(f'OPEN_{place}: /\\{{{_SPACE}"name"{_SPACE}:{_SPACE}"{function.name}"/')
+        rules.append(f"args_{place}: {_json(_chosen_arguments(function))}")
+    text = [f"FIRST: /{_SPACE}([^ \\t\\n\\r{{\\[<]|<[^f])/", "TEXT: /[^{]+/", f"BRACE: /{_BRACE}/"]
+    return "\n".join([_one_of("call", len(functions)), *rules, *text])
+
+
+def _one_of(name: str, count: int) -> str:
+    return f"{name}: " + " | ".join(f"{name}_{place}" for place in range(count))
+
+
+def _arguments(function: Function) -> Mapping[str, Any]:
+    return {"type": "object", **closed(function.schema)}
+
+
+def _chosen_arguments(function: Function) -> Mapping[str, Any]:
+    return _arguments(function) if function.strict else ANY_OBJECT
+
+
+def _format(response_format: Grammar) -> str:
+    match response_format.kind:
+        case "json":
+            schema = json.loads(response_format.text)
+            return f"format: {_json(schema)}"
+        case "choice":
+            return "format: " + " | ".join(json.dumps(text) for text in json.loads(response_format.text))
+        case "regex":
+            return f"format: FORMAT\nFORMAT: /{_between_slashes(response_format.text)}/"
+    raise InvalidParameterError(
+        f"structured_outputs as a grammar ({response_format.kind}) cannot stand beside tools that may be called: leave "
+        "the tools out, or use json, regex or choice.",
+        "structured_outputs",
+    )
+
+
+def _between_slashes(pattern: str) -> str:
+    return re.sub(
+        r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern, flags=re.DOTALL
+    )
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _JSON_STYLE}, ensure_ascii=False)

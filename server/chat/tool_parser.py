@@ -20,10 +20,11 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
 
-from pronk.server.chat.tool_forms import OPENERS, read_calls
+from pronk.server.chat.tool_forms import OPENERS, TAUGHT_OPENERS, read_calls
 from pronk.server.chat.tool_literals import MANY, PLAIN, MismatchError, Steps
 
 _OPENER = re.compile(f"[{re.escape(OPENERS)}]")
+_TAUGHT_OPENER = re.compile(f"[{re.escape(TAUGHT_OPENERS)}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,16 @@ class ToolParser:
         names: Collection[str],
         *,
         parallel: bool = True,
+        taught_only: bool = False,
+        anywhere: bool = True,
         new_id: Callable[[], str] = new_call_id,
     ) -> None:
-        """names: of the functions that may be called; parallel: else calls after the first are left out."""
+        """names: of the functions that may be called; parallel: else calls after the first are left out; taught_only:
+        other forms than that which the template teaches are content; anywhere: else calls after content are content.
+        """
         self._names = tuple(names)
+        self._taught_only = taught_only
+        self._opener = (_TAUGHT_OPENER if taught_only else _OPENER) if anywhere else None
         self._answer = _Answer(parallel=parallel, new_id=new_id)
         self._takes_many = False
         # What reads calls now; None inside content. An answer may begin with a call.
@@ -101,7 +108,7 @@ class ToolParser:
         place = 0
         while place < len(text):
             if self._reader is None:
-                opener = _OPENER.search(text, place)
+                opener = self._opener.search(text, place) if self._opener else None
                 self._answer.content(text[place : opener.start() if opener else len(text)])
                 if opener is None:
                     break
@@ -121,7 +128,7 @@ class ToolParser:
         return self._answer.take()
 
     def _start(self) -> Steps[NoReturn]:
-        reader = read_calls(self._names, self._answer)
+        reader = read_calls(self._names, self._answer, taught_only=self._taught_only)
         next(reader)
         self._takes_many = False
         return reader

@@ -5,7 +5,7 @@
 1. `pronk.server.protocol.tools` makes a ToolCalls of the request's fields (or None, when it offers no tools).
 2. `template.render(normalise(messages), **calls.render_args(messages))` puts the definitions into the prompt.
 3. `calls.grammar(format)` is the engine's Grammar; `format` is that of the request's response_format.
-4. `calls.parser()` is fed the answer's text, one parser for each choice; what it returns are the parts of deltas.
+4. `calls.parser(format)` is fed the answer's text, one parser for each choice; what it returns are the parts of deltas.
 5. `calls.finish_reason(reason, parser)` is the reason that the client is told.
 
 Knows no HTTP, no tokens and no body's shape.
@@ -112,10 +112,17 @@ class ToolCalls:
         """
         return call_grammar(self.callable, self.choice, parallel=self.parallel, response_format=response_format)
 
-    def parser(self) -> ToolParser | None:
-        """-> a new machine for one choice's text; None: the text is content, whatever it looks like."""
+    def parser(self, response_format: Grammar | None = None) -> ToolParser | None:
+        """-> a new machine for one choice's text; None: the text is content, whatever it looks like.
+
+        response_format: as for `grammar`. Under a grammar only calls that it has held to their schemas count.
+        """
         names = [function.name for function in self.callable]
-        return ToolParser(names, parallel=self.parallel) if names else None
+        if not names:
+            return None
+        text = self.choice.mode == "auto" and response_format is None
+        bound = not text or any(function.strict for function in self.callable)
+        return ToolParser(names, parallel=self.parallel, taught_only=bound, anywhere=text)
 
     def finish_reason(self, reason: str | None, parser: ToolParser | None) -> str | None:
         """The engine's reason -> the client's: "stop" after a call is "tool_calls" (or "function_call"); all others,

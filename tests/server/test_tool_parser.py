@@ -16,20 +16,20 @@ NAMES = ("f", "g", "get_weather", "get-time")
 UNHURRIED = settings(deadline=None)
 
 
-def parser(*, parallel: bool = True) -> ToolParser:
+def parser(**options: bool) -> ToolParser:
     numbers = count()
-    return ToolParser(NAMES, parallel=parallel, new_id=lambda: f"call_{next(numbers)}")
+    return ToolParser(NAMES, new_id=lambda: f"call_{next(numbers)}", **options)
 
 
-def parts_of(pieces: list[str], *, parallel: bool = True) -> list[Part]:
-    machine = parser(parallel=parallel)
+def parts_of(pieces: list[str], **options: bool) -> list[Part]:
+    machine = parser(**options)
     return [part for piece in pieces for part in machine.feed(piece)] + machine.finish()
 
 
-def read(text: str, *, parallel: bool = True) -> tuple[str | None, list[tuple[str, str]]]:
+def read(text: str, **options: bool) -> tuple[str | None, list[tuple[str, str]]]:
     """-> content, and (name, arguments) of each call; the same for the whole text and for single characters."""
-    whole = fold(parts_of([text], parallel=parallel))
-    assert fold(parts_of(list(text), parallel=parallel)) == whole
+    whole = fold(parts_of([text], **options))
+    assert fold(parts_of(list(text), **options)) == whole
     content, calls = whole
     assert [call.id for call in calls] == [f"call_{place}" for place in range(len(calls))]
     return content, [(call.name, call.arguments) for call in calls]
@@ -263,22 +263,23 @@ PIECES = st.sampled_from(
     ]
 )
 TEXTS = st.lists(PIECES | st.text(max_size=3), max_size=8).map("".join)
+OPTIONS = st.fixed_dictionaries({}, optional=dict.fromkeys(("parallel", "taught_only", "anywhere"), st.booleans()))
 
 
 @UNHURRIED
-@given(TEXTS, st.data(), st.booleans())
-def test_the_fold_of_a_stream_is_the_whole_answer(text: str, data: st.DataObject, parallel: bool) -> None:
+@given(TEXTS, st.data(), OPTIONS)
+def test_the_fold_of_a_stream_is_the_whole_answer(text: str, data: st.DataObject, options: dict[str, bool]) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    whole = parts_of([text], parallel=parallel)
-    assert fold(parts_of(pieces, parallel=parallel)) == fold(whole)
-    assert fold(parts_of(list(text), parallel=parallel)) == fold(whole)
+    whole = fold(parts_of([text], **options))
+    assert fold(parts_of(pieces, **options)) == whole
+    assert fold(parts_of(list(text), **options)) == whole
 
 
 @UNHURRIED
-@given(TEXTS)
-def test_content_is_what_was_written_in_order_and_once(text: str) -> None:
-    content, calls = fold(parts_of([text]))
+@given(TEXTS, OPTIONS)
+def test_content_is_what_was_written_in_order_and_once(text: str, options: dict[str, bool]) -> None:
+    content, calls = fold(parts_of([text], **options))
     characters = iter(text)
     assert all(character in characters for character in content or "")
     if not calls:
@@ -304,6 +305,34 @@ def test_deltas_are_as_clients_expect(text: str) -> None:
 def test_without_parallel_calls_the_first_is_kept_and_content_is_the_same(text: str) -> None:
     content, calls = fold(parts_of([text]))
     assert fold(parts_of([text], parallel=False)) == (content, calls[:1])
+
+
+# Under a grammar
+
+TAUGHT = {
+    "as the template teaches", "no space", "all the space there is", "no arguments", "after ;", "after a line",
+    "at once", "raw line breaks", "escapes", "other letters",
+}  # fmt: skip
+INSIDE = {"function around", "all forms", "the type last"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_only_the_taught_form_counts_where_a_grammar_holds_it(name: str) -> None:
+    text, calls = CALLS[name]
+    if name in TAUGHT:
+        assert read(text + "<|eot_id|>", taught_only=True) == (None, calls)
+    elif name in INSIDE:
+        content, found = read(text, taught_only=True)
+        assert (content is not None, found) == (True, calls[:1])
+    elif not name.startswith("an array"):
+        assert read(text, taught_only=True) == (text, [])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_at_the_beginning_only(name: str) -> None:
+    text, calls = CALLS[name]
+    assert read(text, anywhere=False) == (None, calls)
+    assert read("x " + text, anywhere=False) == ("x " + text, [])
 
 
 # What is held back
