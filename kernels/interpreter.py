@@ -277,7 +277,9 @@ class _Patches:
             self.check_addresses(pointers.data, mask.data, size_of(pointers))
             return create_masked_store(builder, pointers, value, mask, *rest)
 
-        def new_create_atomic_rmw(builder: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        def new_create_atomic_rmw(
+            builder: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any
+        ) -> Any:
             self.check_addresses(pointers.data, mask.data, size_of(pointers))
             return create_atomic_rmw(builder, operation, pointers, value, mask, *rest)
 
@@ -406,4 +408,3 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
         return tensor.data_ptr(), tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-

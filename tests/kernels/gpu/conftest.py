@@ -1,7 +1,8 @@
 """Where the tests of kernels/gpu run: on a CUDA device if there is one, else in Triton's interpreter.
 
-A process has one of the two, since a kernel is interpreted or compiled from its definition on. Tests here import nothing
-but torch, triton, numpy, pytest and pronk.kernels, so that a GPU machine needs no more: pytest -m gpu tests/kernels/gpu
+A process has one of the two, since a kernel is interpreted or compiled from its definition on. Tests here import
+nothing but torch, triton, numpy, pytest and pronk.kernels, so that a GPU machine needs no more:
+`pytest -m gpu tests/kernels/gpu`.
 """
 
 from __future__ import annotations
