@@ -392,7 +392,8 @@ def normalise(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
     - A list of text parts becomes one text, the parts joined without a separator; other parts are refused.
     - A null or missing content becomes "".
-    - Null and empty `tool_calls` are dropped; `arguments` is parsed from JSON, and "" is an empty object.
+    - Null and empty `tool_calls` are dropped; `arguments` is parsed from JSON, and "" is an empty object. What is not
+      JSON, as a model may have written it and a client sends it back, is shown to it as the text that it is.
     - The role developer becomes system.
     - The templates know one call a message, and print no text beside it. So an assistant message of text and calls
       becomes a message of the text (if there is any), then one message a call; each call is followed by its result when
@@ -486,16 +487,23 @@ def _call(call: object, param: str) -> tuple[str | None, ToolCall]:
     return call_id if isinstance(call_id, str) else None, ToolCall(function["name"], arguments)
 
 
-def _arguments(arguments: object, param: str) -> dict[str, Any]:
-    parsed = arguments
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise InvalidParameterError(f"'{param}' is not JSON: {error}.", param) from error
-    if not isinstance(parsed, dict):
+def _arguments(arguments: object, param: str) -> JSONValue:
+    if isinstance(arguments, Mapping):
+        return arguments
+    if not isinstance(arguments, str):
         _refuse(f"'{param}' must be a JSON object, written as a string.", param)
-    return parsed
+    if not arguments.strip():
+        return {}
+    try:
+        value: JSONValue = json.loads(arguments, parse_constant=_refuse_constant)
+        json.dumps(value)
+    except (ValueError, RecursionError):
+        return arguments
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def read_chat_template(folder: Path) -> str | None:

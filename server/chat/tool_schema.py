@@ -28,15 +28,15 @@ _JOINING_BESIDE_PROPERTIES = {"$ref", "anyOf", "oneOf"}
 
 def moved(schema: Schema, place: str) -> dict[str, Any]:
     """The schema as it must be where it stands at `place`, a JSON pointer, of another one: its references to itself
-    point there. Raises RecursionError for one that is too deep."""
+    point there, and it has no `$id`, which would make them point elsewhere. Raises RecursionError for one too deep."""
 
     def change(part: dict[str, Any]) -> dict[str, Any]:
         reference = part.get("$ref")
-        if isinstance(reference, str) and reference.startswith("#"):
+        if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
             part["$ref"] = place + reference[1:]
         return part
 
-    return _rewritten(schema, change)
+    return {key: value for key, value in _rewritten(schema, change).items() if key not in ("$id", "id")}
 
 
 def closed(schema: Schema) -> dict[str, Any]:

@@ -25,11 +25,17 @@ CITY = {
     "additionalProperties": False,
 }
 TREE = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "$id": "https://example.org/tree",
     "type": "object",
-    "properties": {"value": {"$ref": "#/$defs/value"}, "kids": {"type": "array", "items": {"$ref": "#"}}},
+    "properties": {
+        "value": {"$ref": "#/$defs/value"},
+        "kids": {"type": "array", "items": {"$ref": "#"}},
+        "or": {"$ref": "#v"},
+    },
     "required": ["value"],
     "additionalProperties": False,
-    "$defs": {"value": {"type": "integer"}},
+    "$defs": {"value": {"$anchor": "v", "type": "integer"}},
 }
 WEATHER = Function("get_weather", "Weather.", CITY)
 STRICT_WEATHER = Function("get_weather", "Weather.", CITY, strict=True)
