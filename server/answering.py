@@ -14,8 +14,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pronk.engine.errors import RequestError
+from pronk.engine.request import Grammar
 from pronk.server.body import read_body
 from pronk.server.generation import Answer, Generation
+from pronk.server.service import ServedModel
 from pronk.server.streaming import EventWriter, sse, to_json, unless_disconnected
 
 T = TypeVar("T")
@@ -28,6 +30,17 @@ async def read_request(request: HTTPRequest, read: Callable[[bytes], T]) -> T:
     """-> what `read` makes of the body; it runs in a thread where it may take long. Raises what it raises."""
     body = await read_body(request.receive, request.app.state.config.max_body_bytes)
     return read(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(read, body)
+
+
+async def check_grammar(model: ServedModel, grammar: Grammar | None, param: str) -> None:
+    """Raises InvalidParameterError that names `param` for a grammar which cannot be enforced."""
+    if grammar is None:
+        return
+    try:
+        await asyncio.to_thread(model.check_grammar, grammar)
+    except RequestError as error:
+        error.param = param
+        raise
 
 
 class GenerationResponse(Response):

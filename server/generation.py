@@ -19,7 +19,7 @@ import msgspec
 from pronk.engine import errors
 from pronk.engine.detokenizer import Detokenizer
 from pronk.engine.errors import EngineDrainingError, PronkError, RequestError
-from pronk.engine.request import Output, Request, SamplingParams, TokenLogprobs
+from pronk.engine.request import Grammar, Output, Request, SamplingParams, Timing, TokenLogprobs
 from pronk.engine.tokenizer import Vocabulary
 from pronk.server.chat.tool_parser import Call, CallDelta, Part
 from pronk.server.chat.tools import ToolCalls
@@ -147,7 +147,9 @@ class Assembler:
         *,
         index: int = 0,
         tools: ToolCalls | None = None,
+        form: Grammar | None = None,
     ) -> None:
+        """tools: what the answer may call; form: what it must be when it calls nothing."""
         self._vocabulary = vocabulary
         self._skip_special_tokens = params.skip_special_tokens
         self._ending_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
@@ -161,7 +163,7 @@ class Assembler:
         )
         self._index = index
         self._tools = tools
-        self._parser = None if tools is None else tools.parser()
+        self._parser = None if tools is None else tools.parser(form)
         self._waiting: deque[tuple[int, Scored]] = deque()
         self._fed_bytes = 0
         self._shown_bytes = 0
@@ -258,13 +260,18 @@ class Generation:
         cache_salt: str = "",
         priority: int = 0,
         tools: ToolCalls | None = None,
+        form: Grammar | None = None,
     ) -> None:
-        """request_id: unique; the engine's requests are named after it."""
+        """request_id: unique; the engine's requests are named after it.
+
+        tools: what the answers may call; form: what an answer must be when it calls nothing.
+        """
         self.request_id = request_id
         self.prompts = prompts
         self.record = record
         self._model = model
         self._tools = tools
+        self._form = form
         record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._completions: list[_Completion] = []
         alone = len(prompts) == 1 and len(prompts[0].params) == 1
@@ -283,6 +290,7 @@ class Generation:
         self._prompt_computed = [asyncio.Event() for _ in self._completions]
         self._num_running = len(self._completions)
         self._cut_off = False
+        self._timings: dict[int, Timing] = {}
 
     @property
     def num_completions(self) -> int:
@@ -332,6 +340,7 @@ class Generation:
             self._model.eos_token_ids,
             index=completion.index,
             tools=self._tools,
+            form=self._form,
         )
         outputs = self._model.engine.generate(completion.request)
         cached = 0
@@ -345,7 +354,7 @@ class Generation:
                     self._prompt_computed[completion.index].set()
                 delta = assembler.feed(output)
                 if output.finish_reason is not None:
-                    self._end(output)
+                    self._end(completion, output)
                 if delta is not None:
                     yield delta
                 if output.finish_reason is not None:
@@ -355,10 +364,12 @@ class Generation:
             if isinstance(outputs, AsyncGenerator):
                 await outputs.aclose()
 
-    def _end(self, output: Output) -> None:
-        """One completion has ended. Raises what it ended with, when that is an error."""
+    def _end(self, completion: _Completion, output: Output) -> None:
+        """It has ended. Raises what it ended with, when that is an error."""
         record = self.record
-        record.timing = output.timing or record.timing
+        if output.timing is not None:
+            self._timings[completion.index] = output.timing
+            record.timing = self._timing(completion)
         if output.finish_reason == "abort":
             raise RequestFailedError("The request was aborted.")
         if output.finish_reason == "error":
@@ -367,6 +378,21 @@ class Generation:
         self._num_running -= 1
         if not self._num_running:
             record.outcome = "length" if self._cut_off else "stop"
+
+    def _timing(self, last: _Completion) -> Timing:
+        """Where the time went until `last` ended: what it waited for the one that computed its prompt is that one's
+        queue and prefill, and so part of its own. Counts are those of all."""
+        timings = self._timings
+        own = timings[last.index]
+        before = None if last.leads else timings.get(last.leader)
+        return Timing(
+            own.queue + (before.queue if before else 0),
+            own.prefill + (before.prefill if before else 0),
+            own.decode,
+            sum(timing.steps for timing in timings.values()),
+            sum(timing.preemptions for timing in timings.values()),
+            sum(timing.computed_tokens for timing in timings.values()),
+        )
 
     async def _together(self) -> AsyncGenerator[Delta, None]:
         """The deltas of all, as they come."""

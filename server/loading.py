@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pronk.engine
 from pronk.engine.client import AsyncEngine
 from pronk.engine.config import EngineConfig, replace
+from pronk.engine.grammar import GrammarCompiler
 from pronk.engine.model.config import GenerationDefaults, load_generation_defaults
 from pronk.engine.tokenizer import Tokenizer
 from pronk.engine.weights.hub import resolve_model
@@ -43,7 +44,8 @@ async def load_model(config: EngineConfig, on_progress: Callable[[Progress], Non
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         raise
-    return ServedModel(engine=engine, tokenizer=tokenizer, template=template, defaults=defaults)
+    grammars = GrammarCompiler(tokenizer.vocabulary, engine.info.eos_token_ids)
+    return ServedModel(engine, tokenizer, template, defaults, grammars.check)
 
 
 def embedded_folder() -> Path:

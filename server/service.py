@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pronk.engine.errors import EngineDeadError, EngineDrainingError, PronkError
 from pronk.engine.model.config import GenerationDefaults
-from pronk.engine.request import Output, Request
+from pronk.engine.request import Grammar, Output, Request
 from pronk.engine.tokenizer import Tokenizer, Vocabulary
 from pronk.engine.wire import EngineInfo, EngineStats, Step
 from pronk.server.chat.template import ChatTemplate, normalise
@@ -45,6 +45,8 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate
     defaults: GenerationDefaults
+    check_grammar: Callable[[Grammar], None]
+    """Raises InvalidParameterError for one that cannot be enforced. May take a second; for any thread."""
     created: int = field(default_factory=lambda: int(time.time()))
     """When it was loaded, in seconds since 1970."""
 

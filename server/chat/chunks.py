@@ -6,7 +6,8 @@ plain values; no HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,19 @@ Logprob = dict[str, Any]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request wants told beside the text."""
+    """What a request wants told beside the text, and how."""
 
     logprobs: bool = False
+    prompt_logprobs: bool = False
+    """Only of a whole answer."""
+    token_ids: bool = False
+    timings: bool = False
     usage: bool = False
     """In a stream: a last chunk with the usage."""
+    continuous_usage: bool = False
+    """In a stream: the usage so far in every chunk."""
+    function_call: bool = False
+    """Tell a call as OpenAI did before there were tools."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +60,74 @@ def describe_logprobs(vocabulary: Vocabulary, token: int, logprobs: TokenLogprob
 
 def _describe_token(vocabulary: Vocabulary, token: int, logprob: float) -> Logprob:
     raw = vocabulary.token_bytes(token)
-    # JSON has no infinity; -9999 is how OpenAI's reference writes a token that cannot be.
-    return {"token": raw.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw) or None}
+    return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw) or None}
+
+
+def describe_prompt_logprobs(
+    vocabulary: Vocabulary, prompt: Sequence[int], logprobs: Sequence[TokenLogprobs]
+) -> list[dict[str, Any] | None]:
+    """logprobs: of all tokens of the prompt but the first. -> vLLM's form: for each token of the prompt, token ids to
+    log probabilities, its own first; None for the first, which nothing is before. rank: 1 for the most likely; None
+    where it is not among those that were asked for."""
+    told: list[dict[str, Any] | None] = [None]
+    for token, scored in zip(prompt[1:], logprobs, strict=True):
+        ranks = {top: place for place, top in enumerate(scored.top_ids, start=1)}
+        tops = dict(zip(scored.top_ids, scored.top_logprobs, strict=True))
+        told.append(
+            {
+                str(one): {
+                    "logprob": finite(logprob),
+                    "rank": ranks.get(one),
+                    "decoded_token": vocabulary.token_bytes(one).decode(errors="replace"),
+                }
+                for one, logprob in {token: scored.logprob, **tops}.items()
+            }
+        )
+    return told
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; -9999 is how OpenAI's reference writes a token that cannot be."""
+    return max(logprob, -9999.0)
+
+
+def usage_object(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """-> OpenAI's."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
 def usage_of(record: RequestRecord) -> dict[str, Any]:
-    """-> OpenAI's usage object."""
+    """-> OpenAI's usage object. A prompt counts once, however many answers it got."""
+    return usage_object(record.prompt_tokens, record.completion_tokens, record.cached_tokens)
+
+
+def timings_of(record: RequestRecord) -> dict[str, Any] | None:
+    """-> where the time went until now, in seconds; None before the engine has said so.
+
+    server: reading the request, making tokens of it and text of the answer, and the ways between; the four parts sum up
+    to the total. Of several choices, queue, prefill and decode are those of the one that ended last.
+    """
+    timing = record.timing
+    if timing is None:
+        return None
+    total = time.perf_counter() - record.arrived
+    inside = timing.queue + timing.prefill + timing.decode
     return {
-        "prompt_tokens": record.prompt_tokens,
-        "completion_tokens": record.completion_tokens,
-        "total_tokens": record.prompt_tokens + record.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
+        "total": total,
+        "server": total - inside,
+        "queue": timing.queue,
+        "prefill": timing.prefill,
+        "decode": timing.decode,
+        "prompt_tokens_computed": record.prompt_tokens - record.cached_tokens,
+        "prompt_tokens_cached": record.cached_tokens,
+        "tokens_computed": timing.computed_tokens,
+        "steps": timing.steps,
+        "preemptions": timing.preemptions,
     }
 
 
@@ -69,63 +135,98 @@ class ChunkWriter:
     """An EventWriter: bytes of `chat.completion.chunk` events. What stays the same in all of them is encoded once."""
 
     def __init__(
-        self, head: Head, wanted: Wanted, vocabulary: Vocabulary, record: RequestRecord, *, num_choices: int = 1
+        self,
+        head: Head,
+        wanted: Wanted,
+        vocabulary: Vocabulary,
+        record: RequestRecord,
+        *,
+        prompt: Sequence[int] = (),
+        num_choices: int = 1,
     ) -> None:
+        """prompt: its token ids."""
         self._wanted = wanted
         self._vocabulary = vocabulary
         self._record = record
+        self._prompt = prompt
+        self._told_tokens = 0
         fields = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}
         self._head = b"data: " + to_json(fields)[:-1]
         self._opens = [b'%b,"choices":[{"index":%d,"delta":' % (self._head, index) for index in range(num_choices)]
         self._text_opens = [opened + b'{"content":' for opened in self._opens]
         self._close = b"}]" + (b',"usage":null}' if wanted.usage else b"}") + b"\n\n"
-        self._plain_close = b',"logprobs":null,"finish_reason":null' + self._close
-        self._text_close = b"}" + self._plain_close
+        self._text_close = b'},"logprobs":null,"finish_reason":null' + self._close
+        # Most chunks are text and nothing else.
+        self._plain = not (wanted.token_ids or wanted.continuous_usage)
 
     def start(self) -> bytes:
-        """The role of each choice."""
-        return b"".join(opened + b'{"role":"assistant","content":""}' + self._plain_close for opened in self._opens)
+        """The role of each choice; in the first chunk the prompt's token ids, when they were asked for."""
+        role = {"role": "assistant", "content": ""}
+        events = [self._chunk(index, role) for index in range(len(self._opens))]
+        if self._wanted.token_ids:
+            events[0] = b'%b,"prompt_token_ids":%b}\n\n' % (events[0][: -len(b"}\n\n")], to_json(self._prompt))
+        return b"".join(events)
 
     def delta(self, delta: Delta) -> bytes:
         """-> one event for text, calls and logprobs, when there are any, and one for the end, when it is the last."""
+        self._told_tokens += len(delta.token_ids)
         events = b""
         parts = delta.parts
-        if not delta.logprobs and len(parts) == 1 and isinstance(parts[0], str):
+        if self._plain and not delta.logprobs and len(parts) == 1 and isinstance(parts[0], str):
             events = self._text_opens[delta.index] + to_json(parts[0]) + self._text_close
-        elif parts or delta.logprobs:
-            events = b'%b%b,"logprobs":%b,"finish_reason":null%b' % (
-                self._opens[delta.index],
-                to_json(_delta_of(delta)),
-                self._logprobs(delta.logprobs),
-                self._close,
-            )
+        elif parts or delta.logprobs or (self._wanted.token_ids and delta.token_ids):
+            told = _delta_of(delta, as_function_call=self._wanted.function_call)
+            events = self._chunk(delta.index, told, logprobs=delta.logprobs, token_ids=delta.token_ids)
         if delta.finish_reason is not None:
-            events += b'%b{},"logprobs":null,"finish_reason":%b%b' % (
-                self._opens[delta.index],
-                to_json(delta.finish_reason),
-                self._close,
-            )
+            events += self._chunk(delta.index, {}, finish_reason=delta.finish_reason)
         return events
 
     def end(self) -> bytes:
-        """The usage, when the request asked for it, and [DONE]."""
-        if not self._wanted.usage:
+        """The usage and the timings, when the request asked for them, and [DONE]."""
+        wanted = self._wanted
+        if not (wanted.usage or wanted.timings):
             return DONE
-        return self._head + b',"choices":[],"usage":' + to_json(usage_of(self._record)) + b"}\n\n" + DONE
+        last = self._head + b',"choices":[]'
+        if wanted.usage:
+            last += b',"usage":' + to_json(usage_of(self._record))
+        if wanted.timings:
+            last += b',"timings":' + to_json(timings_of(self._record))
+        return last + b"}\n\n" + DONE
 
     def fail(self, body: bytes) -> bytes:
         return b"data: " + body + b"\n\n"
 
-    def _logprobs(self, logprobs: Sequence[Scored]) -> bytes:
-        if not logprobs or not self._wanted.logprobs:
-            return b"null"
-        return to_json(_logprobs_object(self._vocabulary, logprobs))
+    def _chunk(
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        *,
+        logprobs: Sequence[Scored] = (),
+        finish_reason: str | None = None,
+        token_ids: Sequence[int] = (),
+    ) -> bytes:
+        scored = _logprobs_object(self._vocabulary, logprobs) if logprobs and self._wanted.logprobs else None
+        event = b'%b%b,"logprobs":%b,"finish_reason":%b' % (
+            self._opens[index],
+            to_json(delta),
+            to_json(scored),
+            to_json(finish_reason),
+        )
+        if self._wanted.token_ids:
+            event += b',"token_ids":' + to_json(token_ids)
+        if not self._wanted.continuous_usage:
+            return event + self._close
+        record = self._record
+        usage = usage_object(record.prompt_tokens, self._told_tokens, record.cached_tokens)
+        return event + b'}],"usage":' + to_json(usage) + b"}\n\n"
 
 
-def _delta_of(delta: Delta) -> dict[str, Any]:
+def _delta_of(delta: Delta, *, as_function_call: bool) -> dict[str, Any]:
     told: dict[str, Any] = {}
     calls = delta.calls
-    if calls:
+    if calls and as_function_call:
+        told["function_call"] = _function_delta(calls)
+    elif calls:
         told["tool_calls"] = [_call_delta(call) for call in calls]
     if delta.text or not calls:
         told["content"] = delta.text
@@ -140,15 +241,27 @@ def _call_delta(call: CallDelta) -> dict[str, Any]:
     return {"index": call.index, "id": call.id, "type": "function", "function": function}
 
 
+def _function_delta(calls: Sequence[CallDelta]) -> dict[str, Any]:
+    """Of the only call that such an answer can hold."""
+    told: dict[str, Any] = {"arguments": "".join(call.arguments for call in calls)}
+    return told if calls[0].name is None else {"name": calls[0].name, **told}
+
+
 def _logprobs_object(vocabulary: Vocabulary, logprobs: Sequence[Scored]) -> dict[str, Any]:
     return {"content": [describe_logprobs(vocabulary, *scored) for scored in logprobs], "refusal": None}
 
 
 def completion_body(
-    head: Head, wanted: Wanted, vocabulary: Vocabulary, record: RequestRecord, answers: Sequence[Answer]
+    head: Head,
+    wanted: Wanted,
+    vocabulary: Vocabulary,
+    record: RequestRecord,
+    answers: Sequence[Answer],
+    *,
+    prompt: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """-> a `chat.completion`."""
-    return {
+    """prompt: its token ids. -> a `chat.completion`."""
+    body: dict[str, Any] = {
         "id": head.id,
         "object": "chat.completion",
         "created": head.created,
@@ -156,23 +269,33 @@ def completion_body(
         "choices": [_choice(index, answer, wanted, vocabulary) for index, answer in enumerate(answers)],
         "usage": usage_of(record),
     }
+    if wanted.prompt_logprobs:
+        body["prompt_logprobs"] = describe_prompt_logprobs(vocabulary, prompt, answers[0].prompt_logprobs or ())
+    if wanted.token_ids:
+        body["prompt_token_ids"] = prompt
+    if wanted.timings:
+        body["timings"] = timings_of(record)
+    return body
 
 
 def _choice(index: int, answer: Answer, wanted: Wanted, vocabulary: Vocabulary) -> dict[str, Any]:
-    return {
+    choice = {
         "index": index,
-        "message": _message(answer),
+        "message": _message(answer, as_function_call=wanted.function_call),
         "logprobs": _logprobs_object(vocabulary, answer.logprobs) if wanted.logprobs else None,
         "finish_reason": answer.finish_reason,
     }
+    return {**choice, "token_ids": answer.token_ids} if wanted.token_ids else choice
 
 
-def _message(answer: Answer) -> dict[str, Any]:
+def _message(answer: Answer, *, as_function_call: bool) -> dict[str, Any]:
     """tool_calls is left out where there are none: an empty list stops some clients."""
     calls = answer.calls
     text = answer.text
     message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-    if calls:
+    if calls and as_function_call:
+        message["function_call"] = {"name": calls[0].name, "arguments": calls[0].arguments}
+    elif calls:
         message["tool_calls"] = [_call(call) for call in calls]
     return message
 

@@ -36,7 +36,8 @@ class Body(BaseModel):
             return data
         given = {name: value for name, value in data.items() if value is not None}
         if cls.model_config["extra"] == "forbid":
-            unknown = [name for name in given if name not in cls.model_fields]
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = [name for name in given if name not in known]
             for name in unknown[1:]:
                 del given[name]
         return given
@@ -47,10 +48,25 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = Field(False, description="Send one more chunk with the usage before [DONE].")
+    continuous_usage_stats: bool = Field(False, description="Tell in every chunk the usage so far.")
     include_obfuscation: bool = Field(
         False, description="Only false: chunks are not padded against an observer of their sizes."
     )
 
+
+# What a name that was once or is elsewhere a field's is called here.
+RENAMED = {
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "guided_decoding_backend": "structured_outputs",
+    "guided_whitespace_pattern": "structured_outputs",
+    "regex": "structured_outputs.regex",
+    "ebnf": "structured_outputs.grammar",
+    "grammar": "structured_outputs.grammar",
+    "json_schema": "structured_outputs.json",
+}
 
 Request = TypeVar("Request", bound=Body)
 
@@ -144,6 +160,8 @@ def _told(detail: ErrorDetails, body: dict[str, Any]) -> APIError:
         kind = "missing" if kind == "union_tag_not_found" else kind
     if kind == "missing":
         return APIError(f"'{param}' is required.", MISSING, param)
+    if kind == "extra_forbidden" and param in RENAMED:
+        return refuse(param, f"'{param}' is not a field here: use '{RENAMED[param]}'.")
     if kind == "extra_forbidden":
         return APIError(
             f"'{param}' is unknown here, and ignoring it could change the answer: leave it out.",
@@ -158,8 +176,11 @@ def _told(detail: ErrorDetails, body: dict[str, Any]) -> APIError:
         "union_tag_invalid": "must be one of {expected_tags}",
         "too_short": "must hold at least {min_length} item",
         "too_long": "must hold at most {max_length} items",
+        "string_pattern_mismatch": "must match {pattern}",
+        "string_too_short": "must not be empty",
+        "string_too_long": "must have at most {max_length} characters",
     }
-    rule = rules.get(kind, detail["msg"].replace("Input should be", "must be", 1)).format_map(context)
+    rule = rules[kind].format_map(context) if kind in rules else detail["msg"].replace("Input should", "must", 1)
     return APIError(f"'{param}' {rule}.", INVALID_VALUE, param)
 
 

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import dataclass
 
 from fastapi import APIRouter
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
-from pronk.server.answering import GenerationResponse, read_request
+from pronk.engine.request import SamplingParams
+from pronk.server.answering import GenerationResponse, check_grammar, read_request
 from pronk.server.chat.chunks import ChunkWriter, Head, Wanted, completion_body
 from pronk.server.generation import Generation, Prompt
-from pronk.server.protocol.chat import ChatCompletionRequest
+from pronk.server.protocol.chat import ChatCompletionRequest, Constraint
 from pronk.server.protocol.common import parse, schema_of
+from pronk.server.protocol.sampling import choices
 from pronk.server.record import RequestRecord
 from pronk.server.routes.models import unknown_model
 from pronk.server.service import ServedModel, Service
 
 router = APIRouter()
+
+
+@dataclass(frozen=True)
+class Read:
+    """A request that was read: what it asks, and what the engine is told."""
+
+    asked: ChatCompletionRequest
+    constraint: Constraint
+    params: SamplingParams
+    """Of the first choice."""
+    prompt: list[int]
 
 
 @router.post(
@@ -37,36 +51,55 @@ async def create_chat_completion(request: HTTPRequest) -> Response:
     service: Service = request.app.state.service
     record: RequestRecord = request.state.record
     model = service.require()
-    asked, prompt = await read_request(request, lambda body: _read(body, service, model, record))
+    read = await read_request(request, lambda body: read_chat(body, service, model, record))
+    await check_grammar(model, read.constraint.grammar, read.asked.grammar_field)
     # Whatever has changed meanwhile: nothing is handed to an engine that drains or is gone.
     model = service.require()
+    asked = read.asked
     generation = Generation(
-        [prompt],
+        [Prompt(read.prompt, choices(read.params, asked.num_choices, request.app.state.config.engine.seed))],
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         model=model,
         record=record,
-        cache_salt=request.state.cache_salt,
+        cache_salt=asked.salt(request.state.cache_salt),
+        priority=asked.engine_priority,
+        tools=read.constraint.tools,
+        form=read.constraint.form,
     )
+    return _answer(read, generation, model, record)
+
+
+def _answer(read: Read, generation: Generation, model: ServedModel, record: RequestRecord) -> Response:
+    asked, tools = read.asked, read.constraint.tools
     head = Head(generation.request_id, int(time.time()), asked.model)
-    wanted = Wanted(logprobs=bool(asked.logprobs), usage=asked.include_usage)
-    writer = ChunkWriter(head, wanted, model.vocabulary, record, num_choices=generation.num_completions)
+    wanted = Wanted(
+        logprobs=bool(asked.logprobs),
+        prompt_logprobs=asked.prompt_logprobs is not None,
+        token_ids=asked.return_token_ids,
+        timings=asked.timings,
+        usage=asked.include_usage,
+        continuous_usage=asked.continuous_usage,
+        function_call=tools is not None and tools.legacy,
+    )
+    vocabulary, prompt = model.vocabulary, read.prompt
+    writer = ChunkWriter(head, wanted, vocabulary, record, prompt=prompt, num_choices=generation.num_completions)
     return GenerationResponse(
         generation,
-        body=lambda answers: completion_body(head, wanted, model.vocabulary, record, answers),
+        body=lambda answers: completion_body(head, wanted, vocabulary, record, answers, prompt=prompt),
         writer=writer if asked.stream else None,
-        names={"max_tokens": asked.length_field, "prompt": "messages"},
+        names={"max_tokens": asked.length_field, "prompt": "messages", "structured_outputs": asked.grammar_field},
     )
 
 
-def _read(
-    body: bytes, service: Service, model: ServedModel, record: RequestRecord
-) -> tuple[ChatCompletionRequest, Prompt]:
-    """JSON -> the checked request, and what the engine is told: the prompt's token ids and parameters."""
+def read_chat(body: bytes, service: Service, model: ServedModel, record: RequestRecord) -> Read:
+    """JSON -> the checked request, and what the engine is told. Raises APIError and InvalidParameterError."""
     asked = parse(ChatCompletionRequest, body)
     if asked.model not in service.names:
         raise unknown_model(asked.model, service)
-    params = asked.sampling_params(model.defaults)
+    constraint = asked.constraint()
+    params = asked.sampling_params(model.defaults, model.tokenizer, grammar=constraint.grammar)
     start = time.perf_counter()
-    prompt = model.render([message.model_dump(exclude_none=True) for message in asked.messages])
+    messages, options = asked.render_args(constraint.tools)
+    prompt = asked.truncate(model.render(messages, **options), model.engine.info.max_model_len)
     record.render_seconds = time.perf_counter() - start
-    return asked, Prompt(prompt, [params])
+    return Read(asked, constraint, params, prompt)

@@ -14,9 +14,9 @@ from datetime import date
 from typing import Any
 
 from pronk.engine.client import check_request
-from pronk.engine.errors import EngineDeadError, EngineDrainingError
+from pronk.engine.errors import EngineDeadError, EngineDrainingError, InvalidParameterError
 from pronk.engine.model.config import GenerationDefaults
-from pronk.engine.request import Output, Request, TokenLogprobs
+from pronk.engine.request import Grammar, Output, Request, TokenLogprobs
 from pronk.engine.tokenizer import Tokenizer, Vocabulary, llama_special_tokens
 from pronk.engine.wire import EngineInfo, EngineStats, Step
 from pronk.server.chat.template import ChatTemplate
@@ -71,13 +71,22 @@ def fake_logprobs(token: int, top: int) -> TokenLogprobs:
 
 
 def echo(request: Request) -> list[Output]:
-    """The last user text, backwards, then the end of the turn; cut at max_tokens."""
+    """The last user text, backwards, then the end of the turn; cut at max_tokens. The prompt's scores come before it,
+    in two pieces."""
     text = BYTES_TOKENIZER.decode(request.prompt, skip_special_tokens=False)
     turn = text.split("<|start_header_id|>user<|end_header_id|>\n\n")[-1].split("<|eot_id|>")[0]
     tokens = [*turn.encode()[::-1], END_OF_TURN]
-    limit = request.params.max_tokens or len(tokens)
+    limit = len(tokens) if request.params.max_tokens is None else request.params.max_tokens
     finish = "length" if limit < len(tokens) else "stop"
-    return outputs(tokens[:limit], finish=finish, logprobs=request.params.logprobs)
+    answer = outputs(tokens[:limit], finish=finish, logprobs=request.params.logprobs)
+    wanted = request.params.prompt_logprobs
+    if wanted is None:
+        return answer or [Output(request_id="", finish_reason="length")]
+    scored = [fake_logprobs(token, wanted) for token in request.prompt[1:]]
+    first = Output(request_id="", prompt_logprobs=scored[:3])
+    if not answer:
+        return [first, Output(request_id="", prompt_logprobs=scored[3:], finish_reason="length")]
+    return [first, Output(request_id="", prompt_logprobs=scored[3:]), *answer]
 
 
 BYTES_TOKENIZER = Tokenizer(BYTES)
@@ -283,11 +292,18 @@ class Client:
         return await self.call("POST", "/v1/chat/completions", json.dumps(body).encode())
 
 
+def check_grammar(grammar: Grammar) -> None:
+    """Refuses what has the word impossible in it."""
+    if "impossible" in grammar.text:
+        raise InvalidParameterError("this cannot be enforced", "structured_outputs")
+
+
 def served(engine: FakeEngine, **defaults: Any) -> ServedModel:
     return ServedModel(
         engine=engine,
         tokenizer=BYTES_TOKENIZER,
         template=ChatTemplate(BYTES_TOKENIZER, today=lambda: date(2024, 7, 26)),
         defaults=GenerationDefaults(**defaults),
+        check_grammar=check_grammar,
         created=1_700_000_000,
     )

@@ -17,9 +17,18 @@ from pronk.server.protocol.chat import WITHOUT_EFFECT, ChatCompletionRequest
 from pronk.server.protocol.common import parse
 
 from .conftest import Connect
+from .fakes import BYTES_TOKENIZER
 
 USER = {"role": "user", "content": "x"}
 PNG = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+STRICT = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
+
+
+def schema_format(**fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, **fields}}}
+
 
 FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": "1"}, "temperature", "invalid_type"),
@@ -43,8 +52,8 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "invalid_value"),
     ({"min_tokens": -1}, "min_tokens", "invalid_value"),
     ({"min_tokens": 3, "max_tokens": 2}, "min_tokens", "invalid_value"),
-    ({"n": 2}, "n", "unsupported_parameter"),
-    ({"n": 0}, "n", "unsupported_parameter"),
+    ({"n": 129}, "n", "invalid_value"),
+    ({"n": 0}, "n", "invalid_value"),
     ({"n": "1"}, "n", "invalid_type"),
     ({"stop": ""}, "stop", "invalid_value"),
     ({"stop": ["a"] * 17}, "stop", "invalid_value"),
@@ -73,27 +82,76 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
         "stream_options.include_obfuscation",
         "unsupported_parameter",
     ),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
-    ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
-    ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+    ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type", "unsupported_parameter"),
+    ({"tools": TOOLS, "functions": [{"name": "f"}]}, "functions", "invalid_value"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name",
+     "invalid_value"),
+    ({"functions": [{"name": "f f"}]}, "functions[0].name", "invalid_value"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
+    (schema_format(schema=None), "response_format.json_schema.schema", "missing_required_parameter"),
+    (schema_format(name=None), "response_format.json_schema.name", "missing_required_parameter"),
+    (schema_format(name="a b"), "response_format.json_schema.name", "invalid_value"),
+    (schema_format(name="a" * 65), "response_format.json_schema.name", "invalid_value"),
+    (schema_format(schema=[]), "response_format.json_schema.schema", "invalid_type"),
+    (schema_format(strict="yes"), "response_format.json_schema.strict", "invalid_type"),
+    (schema_format(strictly=True), "response_format.json_schema.strictly", "unknown_parameter"),
+    (schema_format(strict=True), "response_format.json_schema.schema", "invalid_value"),
+    (schema_format(schema={"const": "impossible"}), "response_format.json_schema.schema", "invalid_value"),
+    ({"structured_outputs": {}}, "structured_outputs", "invalid_value"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "invalid_value"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "invalid_value"),
+    ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]", "invalid_type"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "invalid_value"),
+    ({"structured_outputs": {"json": "1"}}, "structured_outputs.json", "invalid_value"),
+    ({"structured_outputs": {"json": 1}}, "structured_outputs.json", "invalid_type"),
+    ({"structured_outputs": {"regex": "impossible"}}, "structured_outputs", "invalid_value"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "unknown_parameter"),
+    ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs",
+     "invalid_value"),
     (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
-        "response_format",
-        "unsupported_parameter",
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": STRICT}}],
+         "structured_outputs": {"regex": "impossible"}},
+        "tools",
+        "invalid_value",
     ),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "invalid_value"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs", "invalid_value"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "invalid_value"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "invalid_value"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "invalid_value"),
+    ({"allowed_token_ids": []}, "allowed_token_ids", "invalid_value"),
+    ({"allowed_token_ids": [512]}, "allowed_token_ids", "invalid_value"),
+    ({"bad_words": [""]}, "bad_words[0]", "invalid_value"),
+    ({"bad_words": ["a", " "]}, "bad_words[1]", "invalid_value"),
+    ({"bad_words": ["a"] * 513}, "bad_words", "invalid_value"),
+    ({"cache_salt": ""}, "cache_salt", "invalid_value"),
+    ({"cache_salt": "s" * 1025}, "cache_salt", "invalid_value"),
+    ({"priority": 2**31}, "priority", "invalid_value"),
+    ({"priority": "high"}, "priority", "invalid_type"),
+    ({"service_tier": "gold"}, "service_tier", "invalid_value"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "invalid_value"),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking", "unknown_parameter"),
+    ({"chat_template_kwargs": {"date_string": 1}}, "chat_template_kwargs.date_string", "invalid_type"),
+    ({"length_penalty": 1.0}, "length_penalty", "invalid_value"),
     ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
     ({"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
     ({"verbosity": "low"}, "verbosity", "unsupported_parameter"),
-    ({"guided_json": {}}, "guided_json", "unknown_parameter"),
-    ({"web_search_options": {}}, "web_search_options", "unknown_parameter"),
+    ({"guided_json": {}}, "guided_json", "unsupported_parameter"),
+    ({"chat_template": "{{ messages }}"}, "chat_template", "unknown_parameter"),
+    ({"web_search_options": {}}, "web_search_options", "unsupported_parameter"),
+    ({"audio": {"voice": "x", "format": "wav"}}, "audio", "unsupported_parameter"),
+    ({"moderation": {"model": "x"}}, "moderation", "unsupported_parameter"),
     ({"messages": []}, "messages", "invalid_value"),
     ({"messages": None}, "messages", "missing_required_parameter"),
     ({"messages": "x"}, "messages", "invalid_type"),
     ({"messages": [USER] * 2049}, "messages", "invalid_value"),
     ({"messages": [USER, 1]}, "messages[1]", "invalid_type"),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
-    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "invalid_value"),
+    ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role", "invalid_value"),
+    ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].name", "missing_required_parameter"),
+    ({"messages": [{"role": "function", "content": "x", "name": "f"}]}, "messages[0].role", "invalid_value"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0].role", "invalid_value"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "missing_required_parameter"),
     ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content", "invalid_type"),
@@ -140,10 +198,11 @@ async def test_a_wrong_model_is_a_404(connect: Connect) -> None:
 ACCEPTED: list[dict[str, Any]] = [
     {name: None for name in ChatCompletionRequest.model_fields if name not in ("messages", "model")},
     {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "n": 1, "modalities": ["text"]},
-    {"functions": [], "function_call": "none", "verbosity": "medium"},
+    {"functions": [], "function_call": "none", "verbosity": "medium", "parallel_tool_calls": True},
+    {"service_tier": "auto"},
     {
-        "user": "u", "safety_identifier": "s", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
-        "prompt_cache_key": "k", "prompt_cache_retention": "24h", "parallel_tool_calls": True,
+        "user": "u", "safety_identifier": "s", "metadata": {"a": "b"}, "store": True,
+        "prompt_cache_key": "k", "prompt_cache_retention": "24h", "prompt_cache_options": {"mode": "implicit"},
         "prediction": {"type": "content", "content": "x"}, "reasoning_effort": "low",
     },
     {"max_tokens": 3, "max_completion_tokens": 3},
@@ -168,7 +227,7 @@ async def test_what_is_accepted(connect: Connect, fields: dict[str, Any]) -> Non
 async def test_fields_without_effect_have_none(connect: Connect) -> None:
     """Each one is documented with its reason, and the engine is told the same with and without it."""
     client = connect()
-    with_all = ACCEPTED[3]
+    with_all = next(fields for fields in ACCEPTED if fields.get("store"))
     assert set(with_all) | {"name"} == set(WITHOUT_EFFECT)
     await client.chat(seed=1)
     await client.chat(seed=1, **with_all)
@@ -244,6 +303,7 @@ async def test_the_description_can_be_read(connect: Connect) -> None:
     document = (await connect().call("GET", "/openapi.json")).json
     schema = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(schema["properties"]) == set(ChatCompletionRequest.model_fields)
+    assert all("description" in field for field in schema["properties"].values())
     text = json.dumps(document)
     assert "422" not in text
     assert "$defs" not in text
@@ -285,7 +345,8 @@ def test_any_json_is_accepted_or_refused_by_name(fields: dict[str, Any], message
 
 def fault_in(body: bytes) -> PronkError | None:
     try:
-        parse(ChatCompletionRequest, body).sampling_params(GenerationDefaults())
+        asked = parse(ChatCompletionRequest, body)
+        asked.sampling_params(GenerationDefaults(), BYTES_TOKENIZER, grammar=asked.constraint().grammar)
     except PronkError as error:
         return error
     return None
