@@ -22,8 +22,12 @@ from pronk.server.envelope import Envelope
 from pronk.server.errors import OTHER_REFUSAL, UNKNOWN_ROUTE, WRONG_METHOD, APIError, body_of
 from pronk.server.metrics import Metrics
 from pronk.server.protocol.common import hoist_definitions
-from pronk.server.routes import chat, health, metrics, models
+from pronk.server.responses.store import ResponseStore
+from pronk.server.routes import chat, health, metrics, models, responses
 from pronk.server.service import Service
+
+STORED_RESPONSES_BYTES = 64 << 20
+STORED_RESPONSES_SECONDS = 3600.0
 
 
 class _Application(FastAPI):
@@ -45,7 +49,12 @@ def create_app(service: Service, config: ServerConfig, *, registry: CollectorReg
     app.state.service = service
     app.state.config = config
     app.state.metrics = Metrics(registry or CollectorRegistry(), service)
-    for module in (chat, models, health, metrics):
+    app.state.responses = ResponseStore(
+        max_responses=config.max_stored_responses,
+        max_bytes=STORED_RESPONSES_BYTES,
+        max_age_seconds=STORED_RESPONSES_SECONDS,
+    )
+    for module in (chat, responses, models, health, metrics):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, _refuse)
     # The last one added is the outermost.

@@ -42,6 +42,12 @@ class ServerConfig:
         flag="--shutdown-timeout",
         metavar="SECONDS",
     )
+    max_stored_responses: int = option(
+        1000,
+        "responses of /v1/responses that are kept in memory, for an hour at most and in 64 MiB at most, so that they "
+        "can be had again and gone on from; 0 keeps none",
+        flag="--max-stored-responses",
+    )
     log_level: str = option("info", "least severity that is logged", flag="--log-level", choices=LOG_LEVELS)
     engine: EngineConfig = field(default_factory=EngineConfig)
     max_body_bytes: int = MAX_BODY_BYTES
@@ -52,6 +58,8 @@ class ServerConfig:
             raise ConfigError(f"--port {self.port}: choose one from 1 to 65535, or 0 for a free one")
         if not 0 <= self.shutdown_timeout <= 86400:
             raise ConfigError(f"--shutdown-timeout {self.shutdown_timeout:g}: choose 0 to 86400 seconds")
+        if self.max_stored_responses < 0:
+            raise ConfigError(f"--max-stored-responses {self.max_stored_responses}: choose 0 or more")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"--log-level {self.log_level}: choose one of {', '.join(LOG_LEVELS)}")
         if any(not key.strip() for key in self.api_keys):

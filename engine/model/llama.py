@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pronk.engine.batch import Batch
-from pronk.engine.cache.memory import KVCache
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.model.rope import cos_sin_table
 from pronk.kernels.interface import Kernels, Weight, WeightFormat
+
+# For names only: the model runs where nothing but torch and its kernels are installed.
+if TYPE_CHECKING:
+    from pronk.engine.batch import Batch
+    from pronk.engine.cache.memory import KVCache
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,329 @@
+"""The Responses API: POST /v1/responses, and what can be done with a response afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pronk.engine.errors import PronkError
+from pronk.engine.request import Grammar, SamplingParams
+from pronk.server.answering import GenerationResponse, check_grammar, read_request
+from pronk.server.chat.tools import ToolCalls
+from pronk.server.errors import INVALID_VALUE, APIError
+from pronk.server.generation import Generation, Prompt
+from pronk.server.protocol.common import parse, refuse, schema_of
+from pronk.server.protocol.responses import PromptFields, ResponseRequest
+from pronk.server.record import RequestRecord
+from pronk.server.responses import events
+from pronk.server.responses.items import ItemDict, input_items, messages_of, new_id
+from pronk.server.responses.store import ResponseStore, Stored
+from pronk.server.routes.models import unknown_model
+from pronk.server.service import ServedModel, Service
+from pronk.server.streaming import INTERNAL_MESSAGE, to_json, unless_disconnected
+
+logger = logging.getLogger(__name__)
+router = APIRouter()
+
+NAMES = {"max_tokens": "max_output_tokens", "prompt": "input", "messages": "input", "structured_outputs": "text.format"}
+"""The engine's names of fields -> those of this API."""
+MAX_PAGE = 100
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was asked, and what follows from it."""
+
+    input: list[ItemDict]
+    before: list[ItemDict]
+    """The conversation that it goes on with."""
+    tools: ToolCalls | None
+    form: Grammar | None
+    """Of an answer that calls nothing."""
+    grammar: Grammar | None
+    """Of any answer."""
+    prompt: list[int]
+
+
+def _body(kind: type[PromptFields]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema_of(kind)}}}}
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "OpenAI's error object"}}
+
+
+@router.post(
+    "/v1/responses",
+    summary="Create a response",
+    responses=REFUSALS,
+    openapi_extra=_body(ResponseRequest),
+)
+async def create_response(request: HTTPRequest) -> Response:
+    """OpenAI's responses: streamed, whole, or made in the background."""
+    service: Service = request.app.state.service
+    record: RequestRecord = request.state.record
+    model = service.require()
+    asked, read, params = await read_request(request, lambda body: _read(body, request, model))
+    await check_grammar(model, read.grammar, NAMES["structured_outputs"])
+    model = service.require()
+    if asked.background:  # its own record: this HTTP request ends before the work does
+        record = RequestRecord(request_id=record.request_id)
+    response_id = new_id("resp")
+    generation = Generation(
+        [Prompt(read.prompt, [params])],
+        request_id=response_id,
+        model=model,
+        record=record,
+        cache_salt=request.state.cache_salt,
+        tools=read.tools,
+        form=read.form,
+    )
+    body = _new_body(response_id, asked, params)
+    output = events.Output(model.vocabulary, logprobs=asked.wants_logprobs)
+    store: ResponseStore = request.app.state.responses
+    owner: str = request.state.cache_salt
+    stored = Stored(body, read.input, read.before)
+
+    def keep() -> None:
+        if asked.is_stored:
+            store.put(owner, stored)
+
+    if asked.background:
+        keep()
+        stored.task = asyncio.create_task(_work(generation, stored, output, keep), name=response_id)
+        return _json(body)
+    if asked.stream:
+        writer = events.ResponseWriter(body, output, record, keep)
+        return GenerationResponse(generation, body=len, writer=writer, names=NAMES)
+    return WholeResponse(generation, body, output, keep)
+
+
+class WholeResponse(GenerationResponse):
+    """Made of the same events as a stream, none of which is sent."""
+
+    def __init__(
+        self, generation: Generation, body: dict[str, Any], output: events.Output, ended: Callable[[], None]
+    ) -> None:
+        super().__init__(generation, body=len, names=NAMES)
+        self._made = body
+        self._output = output
+        self._ended = ended
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await unless_disconnected(receive, events.make(self._generation, self._made, self._output))
+        self._ended()
+        await _json(self._made)(scope, receive, send)
+
+
+async def _work(generation: Generation, stored: Stored, output: events.Output, keep: Callable[[], None]) -> None:
+    """Make a response in the background."""
+    body = stored.body
+    body["status"] = "in_progress"
+    try:
+        await events.make(generation, body, output)
+        keep()
+    except asyncio.CancelledError:
+        body["status"] = "cancelled"
+        return
+    except PronkError as error:
+        events.fail(body, str(error))
+        keep()
+    except Exception:
+        logger.exception("%s: the response failed with an error of the server's own", body["id"])
+        events.fail(body, INTERNAL_MESSAGE)
+        keep()
+    finally:
+        stored.task = None
+
+
+@router.post(
+    "/v1/responses/input_tokens",
+    summary="Count the tokens of a response's prompt",
+    responses=REFUSALS,
+    openapi_extra=_body(PromptFields),
+)
+async def count_input_tokens(request: HTTPRequest) -> Response:
+    """How many tokens the prompt would have; nothing is generated."""
+    service: Service = request.app.state.service
+    model = service.require()
+
+    def read(body: bytes) -> Read:
+        return _understand(parse(PromptFields, body), request, model, longest=None)
+
+    counted = await read_request(request, read)
+    return _json({"object": "response.input_tokens", "input_tokens": len(counted.prompt)})
+
+
+@router.get("/v1/responses/{response_id}", summary="Get a stored response", responses=REFUSALS)
+async def get_response(request: HTTPRequest, response_id: str) -> Response:
+    """As it was told; one that is being made in the background, as far as it is."""
+    if request.query_params.get("stream", "false").lower() != "false":
+        raise refuse("stream", "A stored response cannot be streamed again: leave stream out.")
+    return _json(_stored(request, response_id).body)
+
+
+@router.delete("/v1/responses/{response_id}", summary="Delete a stored response", responses=REFUSALS)
+async def delete_response(request: HTTPRequest, response_id: str) -> Response:
+    """It cannot be had again; if it is being made, that ends."""
+    store: ResponseStore = request.app.state.responses
+    store.delete(request.state.cache_salt, response_id)
+    return _json({"id": response_id, "object": "response", "deleted": True})
+
+
+@router.post("/v1/responses/{response_id}/cancel", summary="Cancel a background response", responses=REFUSALS)
+async def cancel_response(request: HTTPRequest, response_id: str) -> Response:
+    """End its making. One that has ended stays as it is."""
+    stored = _stored(request, response_id)
+    if not stored.body["background"]:
+        raise APIError("Only a response that is made in the background can be cancelled.", INVALID_VALUE, "response_id")
+    task = stored.task
+    if task is not None:
+        task.cancel()
+        await asyncio.wait([task])
+        if stored.body["status"] in ("queued", "in_progress"):  # it was cancelled before its first step
+            stored.body["status"] = "cancelled"
+    return _json(stored.body)
+
+
+@router.get("/v1/responses/{response_id}/input_items", summary="List a response's input", responses=REFUSALS)
+async def list_input_items(request: HTTPRequest, response_id: str) -> Response:
+    """The items of its request and of the conversation before it, newest first unless order says asc."""
+    stored = _stored(request, response_id)
+    query = request.query_params
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise APIError("order must be asc or desc.", INVALID_VALUE, "order")
+    limit = query.get("limit", "20")
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
+        raise APIError(f"limit must be a number from 1 to {MAX_PAGE}.", INVALID_VALUE, "limit")
+    items = [*stored.before, *stored.input]
+    if order == "desc":
+        items.reverse()
+    return _json(_page(items, after=query.get("after"), limit=int(limit)))
+
+
+def _page(items: list[ItemDict], *, after: str | None, limit: int) -> dict[str, Any]:
+    start = 0
+    if after is not None:
+        ids = [item.get("id") for item in items]
+        if after not in ids:
+            raise APIError("after names no item of this list.", INVALID_VALUE, "after")
+        start = ids.index(after) + 1
+    page = items[start : start + limit]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0].get("id") if page else None,
+        "last_id": page[-1].get("id") if page else None,
+        "has_more": start + limit < len(items),
+    }
+
+
+def _stored(request: HTTPRequest, response_id: str) -> Stored:
+    store: ResponseStore = request.app.state.responses
+    return store.get(request.state.cache_salt, response_id)
+
+
+def _read(body: bytes, request: HTTPRequest, model: ServedModel) -> tuple[ResponseRequest, Read, SamplingParams]:
+    """JSON -> the checked request, and what the engine is told. Raises APIError and InvalidParameterError."""
+    asked = parse(ResponseRequest, body)
+    room = 1 if asked.max_output_tokens is None else asked.max_output_tokens
+    read = _understand(asked, request, model, longest=model.engine.info.max_model_len - room)
+    return asked, read, asked.sampling_params(model.defaults, read.grammar)
+
+
+def _understand(asked: PromptFields, request: HTTPRequest, model: ServedModel, *, longest: int | None) -> Read:
+    """longest: tokens that a prompt may have, where the oldest messages are to be left out; None: any number."""
+    service: Service = request.app.state.service
+    if asked.model not in service.names:
+        raise unknown_model(asked.model, service)
+    tools, form = asked.tool_calls(), asked.text_grammar()
+    store: ResponseStore = request.app.state.responses
+    owner: str = request.state.cache_salt
+    previous = asked.previous_response_id
+    before = [] if previous is None else store.get(owner, previous, "previous_response_id").conversation
+    given = input_items(asked.input, lambda item_id, param: store.find_item(owner, item_id, param))
+    instructions = [] if asked.instructions is None else [{"role": "system", "content": asked.instructions}]
+    messages = messages_of([*before, *given])
+    if not messages:
+        raise APIError("There is nothing to answer: send input, or previous_response_id.", INVALID_VALUE, "input")
+
+    def render(first: int) -> list[int]:
+        shown = [*instructions, *messages[first:]]
+        return model.render(shown, **({} if tools is None else tools.render_args(shown)))
+
+    start = time.perf_counter()
+    prompt = render(0)
+    if asked.truncation == "auto" and longest is not None and len(prompt) > longest:
+        prompt = render(_oldest_kept(messages, lambda first: len(render(first)) <= longest))
+    record: RequestRecord = request.state.record
+    record.render_seconds = time.perf_counter() - start
+    grammar = form if tools is None else tools.grammar(form)
+    return Read(given, before, tools, form, grammar, prompt)
+
+
+def _oldest_kept(messages: Sequence[Mapping[str, Any]], fits: Callable[[int], bool]) -> int:
+    """-> the first message to keep, so that the prompt fits; never one that answers a call which is left out."""
+    starts = [place for place, message in enumerate(messages) if message["role"] != "tool"]
+    low, high = 0, len(starts) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if fits(starts[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return starts[low] if starts else 0
+
+
+def _new_body(response_id: str, asked: ResponseRequest, params: SamplingParams) -> dict[str, Any]:
+    """The response before its first token, with every field that OpenAI's has."""
+    text = {} if asked.text is None else asked.text.model_dump(by_alias=True, exclude_none=True)
+    choice = asked.tool_choice
+    return {
+        "id": response_id,
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "queued" if asked.background else "in_progress",
+        "background": asked.background,
+        "completed_at": None,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": asked.instructions,
+        "max_output_tokens": asked.max_output_tokens,
+        "max_tool_calls": asked.max_tool_calls,
+        "metadata": asked.metadata or {},
+        "model": asked.model,
+        "output": [],
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "previous_response_id": asked.previous_response_id,
+        "prompt_cache_key": asked.prompt_cache_key,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": asked.safety_identifier,
+        "service_tier": "default",
+        "store": asked.is_stored,
+        "temperature": params.temperature,
+        "text": {"format": {"type": "text"}, **text},
+        "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
+        "tools": [_described(tool.model_dump(exclude_none=True)) for tool in asked.tools or ()],
+        "top_logprobs": asked.top_logprobs or 0,
+        "top_p": params.top_p,
+        "truncation": asked.truncation or "disabled",
+        "usage": None,
+        "user": asked.user,
+    }
+
+
+def _described(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"description": None, "parameters": None, "strict": False, **tool}
+
+
+def _json(body: Any) -> Response:
+    return Response(to_json(body), media_type="application/json")
