@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import pronk.engine
 from pronk.engine.client import AsyncEngine
 from pronk.engine.config import EngineConfig, replace
-from pronk.engine.grammar import GrammarCompiler
 from pronk.engine.model.config import GenerationDefaults, load_generation_defaults
 from pronk.engine.tokenizer import Tokenizer
 from pronk.engine.weights.hub import resolve_model
@@ -44,6 +43,9 @@ async def load_model(config: EngineConfig, on_progress: Callable[[Progress], Non
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         raise
+    # Imported here: it brings numpy, which the server's first answers need not wait for.
+    from pronk.engine.grammar import GrammarCompiler
+
     grammars = GrammarCompiler(tokenizer.vocabulary, engine.info.eos_token_ids)
     return ServedModel(engine, tokenizer, template, defaults, grammars.check)
 

@@ -23,6 +23,7 @@ USER = {"role": "user", "content": "x"}
 PNG = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
+BROKEN_CALL = {"id": "1", "function": {"name": "f", "arguments": "{"}}
 STRICT = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
 
 
@@ -169,8 +170,6 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
      "unknown_parameter"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]},
      "messages[0].tool_calls[0].function.arguments", "missing_required_parameter"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}]},
-     "messages[0].tool_calls[0].function.arguments", "invalid_value"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "missing_required_parameter"),
     ({"model": None}, "model", "missing_required_parameter"),
     ({"model": 1}, "model", "invalid_type"),
@@ -213,6 +212,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"stop": "\n"},
     {"messages": [{"role": "system", "content": "a"}, USER, {"role": "system", "content": "b"}, USER]},
     {"messages": [USER, {"role": "assistant", "content": None}, USER]},
+    {"messages": [USER, {"role": "assistant", "tool_calls": [BROKEN_CALL]}]},
     {"messages": [USER, {"role": "assistant", "content": "a", "reasoning_content": None, "name": "bot"}, USER]},
     {"messages": [{"role": "user", "content": "nul \u0000, bell \u0007, \U0001f999"}]},
     {"messages": [{"role": "user", "content": ""}]},
