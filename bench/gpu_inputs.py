@@ -1,0 +1,145 @@
+"""Inputs of the GPU kernels at the shapes of the released models, made on the device. Knows no kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pronk.engine.model.config import LlamaConfig
+from pronk.engine.model.rope import cos_sin_table
+from pronk.kernels.interface import LayerCache, Queries, SamplingBatch
+
+BLOCK_SIZE = 16
+
+
+def config(name: str, *, dry: bool) -> LlamaConfig:
+    """name: 1B, 3B or 8B. dry: the same heads in a model of no size."""
+    hidden, width, layers, heads, head_dim, tied = {
+        "1B": (2048, 8192, 16, 32, 64, True),
+        "3B": (3072, 8192, 28, 24, 128, True),
+        "8B": (4096, 14336, 32, 32, 128, False),
+    }[name]
+    real = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=head_dim,
+        vocab_size=128256,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=None,
+        max_position_embeddings=131072,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+        bos_token_id=None,
+        eos_token_ids=(128001,),
+    )
+    if not dry:
+        return real
+    group = heads // 8
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 512}
+    return dataclasses.replace(
+        real,
+        **small,
+        num_key_value_heads=1,
+        num_attention_heads=group,
+        eos_token_ids=(1,),
+        max_position_embeddings=4096,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's batch, as `Llama.forward` and the kernels take it."""
+
+    positions: Tensor
+    slots: Tensor
+    queries: Queries
+    logit_rows: Tensor
+
+
+def step(
+    lens: list[int], context_lens: list[int], where: torch.device, *, block_size: int = BLOCK_SIZE, seed: int = 0
+) -> tuple[Step, int]:
+    """Sequences with their blocks in random order. -> the batch, and how many blocks the cache must have."""
+    needed = [-(-context // block_size) for context in context_lens]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(sum(needed), generator=generator)
+    tables = torch.zeros(len(lens), max(needed), dtype=torch.int64)
+    positions, slots = [], []
+    first = 0
+    for index, (length, context, count) in enumerate(zip(lens, context_lens, needed, strict=True)):
+        tables[index, :count] = order[first : first + count]
+        first += count
+        places = torch.arange(context - length, context)
+        positions.append(places)
+        slots.append(tables[index, places // block_size] * block_size + places % block_size)
+    ends = torch.tensor(lens).cumsum(0)
+    queries = Queries(
+        starts=(ends - torch.tensor(lens)).to(where),
+        lens=torch.tensor(lens).to(where),
+        context_lens=torch.tensor(context_lens).to(where),
+        block_tables=tables.to(where),
+        max_len=max(lens),
+        max_context_len=max(context_lens),
+    )
+    return Step(torch.cat(positions).to(where), torch.cat(slots).to(where), queries, (ends - 1).to(where)), sum(needed)
+
+
+def cache(
+    llama: LlamaConfig, num_blocks: int, where: torch.device, *, dtype: torch.dtype, block_size: int = BLOCK_SIZE
+) -> LayerCache:
+    """Normal numbers; with float8, scales of one."""
+    shape = (num_blocks, llama.num_key_value_heads, block_size, llama.head_dim)
+    keys, values = (torch.randn(shape, device=where, dtype=torch.bfloat16).to(dtype) for _ in range(2))
+    if dtype != torch.float8_e4m3fn:
+        return LayerCache(keys, values)
+    scales = torch.ones(shape[:3], device=where)
+    return LayerCache(keys, values, scales, scales.clone())
+
+
+def rope_table(llama: LlamaConfig, length: int, where: torch.device) -> Tensor:
+    return cos_sin_table(llama, length).to(where)
+
+
+def sampling(
+    rows: int,
+    where: torch.device,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    entries: int = 0,
+    vocab_size: int = 128256,
+) -> SamplingBatch:
+    """entries: tokens of each row with a penalty."""
+
+    def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full((rows,), value, dtype=dtype, device=where)
+
+    ids = torch.arange(entries, dtype=torch.int32, device=where) * (vocab_size // max(entries, 1))
+    count = rows * entries
+    return SamplingBatch(
+        temperature=full(temperature),
+        top_k=full(top_k, torch.int32),
+        top_p=full(top_p),
+        min_p=full(0.0),
+        noise_keys=torch.arange(rows, device=where) * 0x1234567,
+        repetition=full(1.1 if entries else 1.0),
+        presence=full(0.5 if entries else 0.0),
+        frequency=full(0.1 if entries else 0.0),
+        entry_starts=(torch.arange(rows + 1, device=where) * entries).to(torch.int32),
+        entry_ids=ids.repeat(rows),
+        entry_bias=torch.zeros(count, device=where),
+        entry_counts=torch.ones(count, dtype=torch.int32, device=where),
+        entry_seen=torch.ones(count, dtype=torch.bool, device=where),
+        mask=None,
+        top_n=None,
+        greedy=temperature == 0,
+        plain=entries == 0,
+    )
