@@ -49,7 +49,8 @@ class Delta(msgspec.Struct, frozen=True):
     token_ids: list[int] = []
     """All tokens since the last delta, the one that ended the completion too: as many as the usage counts."""
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """When asked for, in the completion's first delta: of all tokens of the prompt but the first."""
+    """When asked for, in the completion's first delta, which comes before those of other completions of the same
+    prompt: of all tokens of the prompt but the first."""
 
     @property
     def text(self) -> str:
@@ -184,7 +185,9 @@ class Assembler:
             text += self._detokenizer.finish()
         logprobs_due = self._due(text, finished)
         parts = self._parts(text, finished)
-        if not (parts or logprobs_due or finished):
+        # The prompt's scores are told before anything is of a completion that waited for them.
+        scores_due = self._prompt_logprobs is not None and bool(output.token_ids)
+        if not (parts or logprobs_due or finished or scores_due):
             return None
         ids, self._token_ids = self._token_ids, []
         scored, self._prompt_logprobs = self._prompt_logprobs, None

@@ -178,11 +178,7 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
 
     @property
     def grammar_field(self) -> str:
-        """The field that a grammar which cannot be enforced is due to; of tools and a format, tools."""
+        """Of tools and a format, tools."""
         if self.tools:
             return "tools"
-        if self.functions:
-            return "functions"
-        if self.structured_outputs is not None:
-            return "structured_outputs"
-        return "response_format.json_schema.schema"
+        return "functions" if self.functions else super().grammar_field

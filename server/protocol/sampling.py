@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from pronk.engine.errors import InvalidParameterError
 from pronk.engine.model.config import GenerationDefaults
-from pronk.engine.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, SamplingParams
+from pronk.engine.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, Grammar, SamplingParams
 from pronk.engine.tokenizer import Tokenizer
 from pronk.server.errors import INVALID_VALUE, APIError
 from pronk.server.protocol.common import Body, StreamOptions, refuse
@@ -144,6 +144,11 @@ class SamplingFields(Body):
     def num_logprobs(self) -> int | None:
         """As SamplingParams.logprobs."""
         return None
+
+    @property
+    def grammar_field(self) -> str:
+        """The field that a grammar which cannot be enforced is due to."""
+        return "response_format.json_schema.schema" if self.structured_outputs is None else "structured_outputs"
 
     def text_grammar(self) -> Grammar | None:
         """What the text of an answer must be. Raises APIError that names the field."""

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from pronk.engine.request import SamplingParams
 from pronk.server.answering import GenerationResponse, check_grammar, read_request
-from pronk.server.chat.chunks import ChunkWriter, Head, Wanted, completion_body
+from pronk.server.chat.chunks import ChunkWriter, Wanted, completion_body
 from pronk.server.generation import Generation, Prompt
 from pronk.server.protocol.chat import ChatCompletionRequest, Constraint
 from pronk.server.protocol.common import parse, schema_of
@@ -20,6 +20,7 @@ from pronk.server.protocol.sampling import choices
 from pronk.server.record import RequestRecord
 from pronk.server.routes.models import unknown_model
 from pronk.server.service import ServedModel, Service
+from pronk.server.shapes import Head
 
 router = APIRouter()
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from pronk.engine.detokenizer import Detokenizer
 from pronk.engine.errors import EngineDeadError
 from pronk.engine.request import Output, SamplingParams
-from pronk.server.chat.chunks import ChunkWriter, Head, Wanted
+from pronk.server.chat.chunks import ChunkWriter, Wanted
 from pronk.server.generation import Answer, Assembler, Generation, Prompt, Scored
 from pronk.server.record import RequestRecord
+from pronk.server.shapes import Head
 from pronk.server.streaming import ClientDisconnectedError, sse, to_json, unless_disconnected
 
 from .fakes import BYTES, END_OF_TURN, FakeEngine, fake_logprobs, served
