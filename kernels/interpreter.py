@@ -163,7 +163,7 @@ class _Patches:
             if dtype.is_fp8() and dtype not in self.torch_dtypes:
                 raise TypeError(f"the interpreter has no {dtype}")
         data = self.widen(source)
-        if data.dtype.kind == "f" and target.is_int():
+        if data.dtype.kind == "f" and target.is_int() and target != self.tl.int1:
             data = _truncated(data, self.interpreter._get_np_dtype(target))
         return self.handle(self.round_to(data, target), target)
 
@@ -256,7 +256,7 @@ class _Patches:
             dtype = pointers.get_element_ty()
             kept = self.interpreter._get_np_dtype(dtype)
             if dtype.scalar in self.torch_dtypes or kept.kind == "u":
-                value = np.iinfo(kept).max  # the bits of a NaN too
+                value: Any = np.iinfo(kept).max  # the bits of a NaN too
             elif kept.kind == "f":
                 value = np.nan
             else:
@@ -371,13 +371,12 @@ def _wider(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
 
 def _truncated(data: Array, dtype: np.dtype[Any]) -> Array:
     """Floats -> integers, towards zero; what is too large becomes the largest and NaN zero, as on the device."""
-    if dtype == np.bool_:
-        return data != 0
     limits = np.iinfo(dtype)
     wide = np.nan_to_num(np.trunc(data.astype(np.float64)), nan=0.0)
-    inside = np.clip(wide, float(limits.min), float(limits.max))
-    # The largest of 64 bits is no float64: what was clipped to it would turn round.
-    return np.where(wide >= float(limits.max), limits.max, inside.astype(dtype))
+    inside = np.array(np.clip(wide, float(limits.min), float(limits.max)), dtype=dtype)
+    # The largest of 64 bits is no float64: what was clipped to it has turned round.
+    inside[wide >= float(limits.max)] = limits.max
+    return inside
 
 
 def _fused(x: Array, y: Array, z: Array) -> Array:
@@ -389,7 +388,8 @@ def _fused(x: Array, y: Array, z: Array) -> Array:
     error = (product - (total - back)) + (addend - back)
     even = (total.view(np.int64) & 1) == 0
     nudged = np.where(even & (error != 0) & np.isfinite(error), np.nextafter(total, np.copysign(np.inf, error)), total)
-    return nudged.astype(z.dtype)
+    rounded: Array = nudged.astype(z.dtype)
+    return rounded
 
 
 def _tensors(arguments: Any) -> Iterator[Tensor]:

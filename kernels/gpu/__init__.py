@@ -5,3 +5,40 @@ among them; each module says how. Without a GPU the same kernels run in `pronk.k
 """
 
 from __future__ import annotations
+
+try:
+    import triton as _triton
+except ImportError as error:
+    raise ImportError("the GPU kernels need Triton: pip install 'triton>=3.6', or choose --device cpu") from error
+
+from pronk.kernels.gpu.activation import silu_mul_rows as silu_mul
+from pronk.kernels.gpu.device import check_device, describe
+from pronk.kernels.gpu.embedding import embedding
+from pronk.kernels.gpu.linear import (
+    WEIGHT_FORMATS,
+    linear,
+    linear_argmax,
+    linear_rope_and_cache,
+    linear_silu_mul,
+    pack,
+)
+from pronk.kernels.gpu.norm import add_rms_norm, rms_norm
+from pronk.kernels.gpu.rope import rope_and_cache
+
+del _triton
+
+__all__ = [
+    "WEIGHT_FORMATS",
+    "add_rms_norm",
+    "check_device",
+    "describe",
+    "embedding",
+    "linear",
+    "linear_argmax",
+    "linear_rope_and_cache",
+    "linear_silu_mul",
+    "pack",
+    "rms_norm",
+    "rope_and_cache",
+    "silu_mul",
+]

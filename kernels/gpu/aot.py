@@ -35,6 +35,8 @@ from pronk.kernels.gpu.compilation import Compilation
 
 BUDGET = Path(__file__).parent / "budget.json"
 TOLERANCE = 1.1
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Compute capability -> bytes of shared memory that one program may have (CUDA C++ Programming Guide)."""
 
 _WIDE_LOAD = re.compile(r"\b(?:LDG|LDGSTS|LD)\.[\w.]*128\b|\b(?:UTMALDG|UBLKCP)\b")
 _TENSOR_CORE = re.compile(r"\b(?:[HIQDB]|HG|IG|QG|BG)MMA\b|\bUTC\w*MMA\b")
@@ -137,15 +139,27 @@ def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def measure_all(items: Iterable[Compilation]) -> list[Measurement]:
-    """In the order of the items. Reading one cubin goes on beside compiling the next."""
+def measure_all(items: Iterable[Compilation]) -> tuple[list[Measurement], list[str]]:
+    """-> measurements in the order of the items, and in words what did not compile. Reading one cubin goes on beside
+    compiling the next."""
+    from triton.errors import TritonError
+
+    pending, failures = [], []
     with ThreadPoolExecutor(max_workers=1) as reader:
-        results = [
-            reader.submit(measure, item.name, target, *compile_for(item, target))
-            for item in items
-            for target in item.targets
-        ]
-        return [result.result() for result in results]
+        for item in items:
+            for target in item.targets:
+                try:
+                    pending.append(reader.submit(measure, item.name, target, *compile_for(item, target)))
+                except (TritonError, RuntimeError) as error:
+                    failures.append(f"{item.name} for sm_{target} does not compile: {_in_short(error)}")
+        return [result.result() for result in pending], failures
+
+
+def _in_short(error: BaseException) -> str:
+    """Its first lines; an assembler's error goes on with the whole program. What lies at the bottom comes first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error)[:600]}"
 
 
 Budget = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -161,8 +175,10 @@ def load_budget(path: Path = BUDGET) -> dict[str, Budget]:
 
 
 def record(version: str, measurements: Sequence[Measurement], path: Path = BUDGET) -> None:
-    """Writes them as the version's budget, one line each, and keeps those of other versions."""
+    """Writes them as the version's budget, one line each, and keeps what other versions have of the same names."""
     versions = json.loads(path.read_text()) if path.exists() else {}
+    kept = {(measurement.name, measurement.target) for measurement in measurements}
+    versions = {v: [row for row in rows if (row["name"], row["target"]) in kept] for v, rows in versions.items()}
     versions[version] = [asdict(measurement) for measurement in measurements]
     blocks = []
     for name in sorted(versions):
@@ -176,6 +192,8 @@ def faults(item: Compilation, found: Measurement, budget: Budget | None) -> list
     out = []
     if found.spilled_bytes > item.allowed_spills or (found.local_instructions and not item.allowed_spills):
         out.append(f"spills {found.spilled_bytes} bytes in {found.local_instructions} instructions")
+    if found.shared_bytes > SHARED_LIMITS[found.target]:
+        out.append(f"needs {found.shared_bytes} shared bytes, a program has at most {SHARED_LIMITS[found.target]}")
     if item.expects_wide_loads and not found.wide_loads:
         out.append("has no 16-byte load")
     if item.expects_tensor_cores and not found.tensor_core_instructions:
@@ -208,9 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     items = {item.name: item for item in compilations() if options.name in item.name}
-    measurements = measure_all(items.values())
+    measurements, failures = measure_all(items.values())
     if options.json:
-        print(json.dumps({"triton": triton.__version__, "measurements": [asdict(m) for m in measurements]}))
+        rows = [asdict(measurement) for measurement in measurements]
+        print(json.dumps({"triton": triton.__version__, "measurements": rows, "failures": failures}))
         return 0
     for found in measurements:
         print(
@@ -218,11 +237,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{found.spilled_bytes:4} B spilled {found.wide_loads:4} wide loads "
             f"{found.tensor_core_instructions:4} tensor core instructions"
         )
-    if options.record:
+    if options.record and not failures:
         record(triton.__version__, measurements)
     budget = load_budget().get(triton.__version__)
-    wrong = [fault for found in measurements for fault in faults(items[found.name], found, budget)]
-    print("\n".join(wrong), file=sys.stderr)
+    wrong = failures + [fault for found in measurements for fault in faults(items[found.name], found, budget)]
+    for fault in wrong:
+        print(fault, file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -9,9 +9,10 @@ Bytes. rms_norm: 2 · H · itemsize a row; add_rms_norm: 4 · H · itemsize; the
 Floor, at the 4.3 TB/s that an H200 copies with: the 1B (H = 2048, bfloat16) adds and norms 256 rows in 4.2 MB, 1.0 µs:
 up to there a call costs its launch, 1 to 2 µs. 8192 rows: 134 MB, 31 µs.
 
-The sum of squares is a tree over the width. Its shape depends on the width, and on whether rows begin at multiples of 16
-bytes, but not on how many rows there are (promise 1). Launches are made with enable_fp_fusion=False: else the compiler
-would fuse squares into the sum, here and not there, and add_rms_norm would not be a sum and its rms_norm, bit for bit.
+The sum of squares is a tree over the width. Its shape depends on the width, and on whether rows begin at multiples of
+16 bytes, but not on how many rows there are (promise 1). Launches are made with enable_fp_fusion=False: else the
+compiler would fuse squares into the sum, here and not there, and add_rms_norm would not be a sum and its rms_norm, bit
+for bit.
 """
 
 from __future__ import annotations

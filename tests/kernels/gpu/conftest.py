@@ -8,6 +8,7 @@ nothing but torch, triton, numpy, pytest and pronk.kernels, so that a GPU machin
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -31,6 +32,13 @@ def device(request: pytest.FixtureRequest) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     return name
+
+
+@pytest.fixture(scope="session")
+def compiling() -> dict[str, str]:
+    """The environment of another process in which kernels are compiled, not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != interpreter.VARIABLE}
+    return environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from typing import Any
@@ -308,10 +307,9 @@ print(refusal())
 """
 
 
-def test_too_late_is_refused() -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+def test_too_late_is_refused(compiling: dict[str, str]) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", TOO_LATE], env=environment, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", TOO_LATE], env=compiling, capture_output=True, text=True, check=True, timeout=120
     )
     first, second = run.stdout.splitlines()
     assert "call install() first" in first
