@@ -23,7 +23,7 @@ from pronk.server.errors import OTHER_REFUSAL, UNKNOWN_ROUTE, WRONG_METHOD, APIE
 from pronk.server.metrics import Metrics
 from pronk.server.protocol.common import hoist_definitions
 from pronk.server.responses.store import ResponseStore
-from pronk.server.routes import chat, completions, health, metrics, models, responses
+from pronk.server.routes import chat, completions, health, metrics, models, responses, tokenize
 from pronk.server.service import Service
 
 STORED_RESPONSES_BYTES = 64 << 20
@@ -54,7 +54,7 @@ def create_app(service: Service, config: ServerConfig, *, registry: CollectorReg
         max_bytes=STORED_RESPONSES_BYTES,
         max_age_seconds=STORED_RESPONSES_SECONDS,
     )
-    for module in (chat, completions, responses, models, health, metrics):
+    for module in (chat, completions, responses, tokenize, models, health, metrics):
         app.include_router(module.router)
     app.add_exception_handler(HTTPException, _refuse)
     # The last one added is the outermost.

@@ -1,4 +1,4 @@
-"""Bearer keys: who may ask, and under which salt their prompts are cached. Knows no route but the open one.
+"""Bearer keys: who may ask, and under which salt their prompts are cached. Knows no route but the open ones.
 
 A pure ASGI layer in front of every route: what is not listed as open needs a key, so a new route is closed by default.
 """
@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pronk.server.errors import WRONG_KEY, APIError
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/ping"})
 SCHEME = b"bearer "
 
 

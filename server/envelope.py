@@ -20,7 +20,7 @@ from pronk.server.streaming import INTERNAL_MESSAGE, ClientDisconnectedError
 
 logger = logging.getLogger(__name__)
 
-PROBES = frozenset({"/health", "/metrics"})
+PROBES = frozenset({"/health", "/ping", "/metrics"})
 _CLIENTS_ID = re.compile(rb"[!-~]{1,128}")
 
 

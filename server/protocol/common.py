@@ -76,9 +76,19 @@ def parse(kind: type[Request], body: bytes) -> Request:
 
     Raises APIError (400) that names the first field at fault.
     """
+    return validate(kind, read_object(body))
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Raises APIError (400) for what is not a JSON object."""
     data = read_json(body)
     if not isinstance(data, dict):
         raise APIError(f"The request body must be a JSON object, but is {json_type(data)}.", BAD_JSON)
+    return data
+
+
+def validate(kind: type[Request], data: dict[str, Any]) -> Request:
+    """-> a checked request. Raises APIError (400) that names the first field at fault."""
     try:
         request = kind.model_validate(data)
     except ValidationError as error:

@@ -1,18 +1,26 @@
-"""GET /health: whether a request sent now would be answered. The one route that needs no key."""
+"""GET /health: whether a request sent now would be answered; and what else monitors ask: /ping, /version, /load.
+
+/health and /ping need no key.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+import pronk
 from pronk.server.errors import RETRY_AFTER_SECONDS
 from pronk.server.service import Phase, Service
 
 router = APIRouter()
 
 
+@router.post("/ping", summary="Readiness, as /health")
+@router.get("/ping", summary="Readiness, as /health")
 @router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Readiness")
 async def health(request: Request) -> Response:
@@ -26,3 +34,28 @@ async def health(request: Request) -> Response:
         return Response(msgspec.json.encode(body), 200, media_type="application/json")
     headers = {"retry-after": str(RETRY_AFTER_SECONDS)}
     return Response(msgspec.json.encode(body), 503, headers, "application/json")
+
+
+@router.get("/version", summary="Version")
+async def version() -> Response:
+    """Of Pronk."""
+    return _json({"version": pronk.__version__})
+
+
+@router.get("/load", summary="Load")
+async def load(request: Request) -> Response:
+    """How many requests the engine has, how many of them wait, and the share of the KV cache that is in use."""
+    service: Service = request.app.state.service
+    stats = service.require().engine.stats
+    return _json(
+        {
+            "server_load": stats.num_running + stats.num_waiting,
+            "running": stats.num_running,
+            "waiting": stats.num_waiting,
+            "kv_cache_usage": stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0,
+        }
+    )
+
+
+def _json(body: dict[str, Any]) -> Response:
+    return Response(msgspec.json.encode(body), media_type="application/json")
