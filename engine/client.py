@@ -124,7 +124,7 @@ class AsyncEngine:
         frames: wire.Frames,
         on_progress: Callable[[wire.Progress], None],
     ) -> wire.EngineInfo:
-        while data := await reader.read(READ_SIZE):
+        while data := await _read(reader):
             for message in frames.feed(data):
                 if isinstance(message, wire.Progress):
                     on_progress(message)
@@ -213,14 +213,12 @@ class AsyncEngine:
     async def _receive(self) -> None:
         reason = ""
         try:
-            while data := await self._reader.read(READ_SIZE):
+            while data := await _read(self._reader):
                 for message in self._frames.feed(data):
                     if isinstance(message, wire.Step):
                         self._deliver(message)
                     elif isinstance(message, wire.Failed):
                         reason = f"{message.kind}: {message.message}"
-        except ConnectionError:
-            pass  # the end of the process that sent it, as the end of the file is
         except msgspec.MsgspecError as error:
             reason = f"it sent what cannot be read: {error}"
             self._process.kill()
@@ -257,6 +255,14 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
             start_new_session=True,
         )
     return process, ours
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    """What has arrived; nothing when the other end is gone, however it went."""
+    try:
+        return await reader.read(READ_SIZE)
+    except ConnectionError:
+        return b""
 
 
 def _start_error(failed: wire.Failed) -> PronkError:
