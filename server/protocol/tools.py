@@ -34,45 +34,47 @@ class FunctionDefinition(Body):
 
 
 class FunctionTool(Body):
-    type: Literal["function"]
-    function: FunctionDefinition
+    type: Literal["function"] = Field(description="The only kind of tool.")
+    function: FunctionDefinition = Field(description="What the model may call.")
 
 
 class OtherTool(Body):
     """One of OpenAI's other kinds, custom among them: refused by `read_tools`."""
 
     model_config = ConfigDict(extra="allow")
-    type: str
+    type: str = Field(description="Refused: only functions can be called.")
 
 
 class FunctionName(Body):
-    name: str
+    name: str = Field(description="Of a function that is offered.")
 
 
 class NamedChoice(Body):
     """Call this function, once."""
 
-    type: Literal["function"]
-    function: FunctionName
+    type: Literal["function"] = Field(description="The only kind of tool.")
+    function: FunctionName = Field(description="The function.")
 
 
 class AllowedTools(Body):
-    mode: Literal["auto", "required"]
-    tools: list[NamedChoice] = Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)
+    mode: Literal["auto", "required"] = Field(description="Whether the model chooses, or must call one of them.")
+    tools: list[NamedChoice] = Field(
+        min_length=1, max_length=MAX_TOOLS, fail_fast=True, description="The functions that may be called."
+    )
 
 
 class AllowedChoice(Body):
     """Call only these functions; with mode required at least one of them."""
 
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedTools
+    type: Literal["allowed_tools"] = Field(description="What this choice is.")
+    allowed_tools: AllowedTools = Field(description="Which functions, and whether one must be called.")
 
 
 class OtherChoice(Body):
     """Of a tool of another kind: refused by `read_tools`."""
 
     model_config = ConfigDict(extra="allow")
-    type: str
+    type: str = Field(description="Refused: only functions can be chosen.")
 
 
 def _kind_of_tool(tool: Any) -> str:
