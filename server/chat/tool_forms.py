@@ -47,7 +47,8 @@ _ARGUMENTS = ("parameters", "arguments")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _KEYS = tuple(f'"{key}"' for key in ("name", "function", "type", *_ARGUMENTS))
 
-_TAUGHT_KEYS = (('"name"',), ('"parameters"',))
+_TAUGHT_FIRST = ('"name"',)
+_TAUGHT_SECOND = ('"parameters"',)
 
 
 class Sink(Protocol):
@@ -161,14 +162,11 @@ class _Reader:
 
     def _members(self, arguments: _Arguments, *, inner: bool) -> Steps[str]:
         """All members of an object, its brackets included; inner: of the one that "function" names."""
-        seen: set[str] = set()
         char = yield from space((yield ONE))
         while True:
-            quoted, char = yield from word(char, _TAUGHT_KEYS[len(seen)] if self._taught_only else _KEYS)
+            taught = _TAUGHT_FIRST if arguments.name is None else _TAUGHT_SECOND
+            quoted, char = yield from word(char, taught if self._taught_only else _KEYS)
             key = quoted.strip('"')
-            if key in seen:
-                raise MismatchError
-            seen.add(key)
             char = yield from space(char)
             char = yield from one(char, ":")
             char = yield from space(char)
