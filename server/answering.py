@@ -1,6 +1,6 @@
 """What every route that generates does alike: read the body, and answer with a Generation, streamed or whole.
 
-Knows HTTP and the Generation; no endpoint's fields and no body's shape.
+Knows HTTP and a Generation by its face; no endpoint's fields and no body's shape.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from pronk.engine.errors import RequestError
 from pronk.engine.request import Grammar
 from pronk.server.body import read_body
-from pronk.server.generation import Answer, Generation
+from pronk.server.generation import Answer, Asking
 from pronk.server.service import ServedModel
 from pronk.server.streaming import EventWriter, sse, to_json, unless_disconnected
 
@@ -48,7 +48,7 @@ class GenerationResponse(Response):
 
     def __init__(
         self,
-        generation: Generation,
+        generation: Asking,
         *,
         body: Callable[[Sequence[Answer]], Any],
         writer: EventWriter | None = None,

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -225,6 +225,16 @@ class Assembler:
         return due
 
 
+class Asking(Protocol):
+    """What is sent to a client: a Generation, or another that has its face."""
+
+    record: RequestRecord
+
+    def deltas(self) -> AsyncGenerator[Delta, None]: ...
+
+    async def collect(self) -> list[Answer]: ...
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt, and the parameters of each completion of it, one or more."""
@@ -306,7 +316,7 @@ class Generation:
         request for; at any time EngineDeadError, and RequestFailedError or NonFiniteLogitsError when the engine gave
         up a completion: the others are aborted then. Closing it early aborts all.
         """
-        with self._outcome():
+        with recorded(self.record):
             alone = len(self._completions) == 1
             parts = self._run(self._completions[0]) if alone else self._together()
             async with aclosing(parts):
@@ -320,20 +330,6 @@ class Generation:
             async for delta in parts:
                 answers[delta.index].add(delta)
         return answers
-
-    @contextmanager
-    def _outcome(self) -> Iterator[None]:
-        """Leaves in the record how it ended."""
-        record = self.record
-        record.outcome = "client_abort"  # so it is, when this is left by no exception of ours
-        try:
-            yield
-        except (RequestError, EngineDrainingError):
-            record.outcome = None
-            raise
-        except Exception:
-            record.outcome = "error"
-            raise
 
     async def _run(self, completion: _Completion) -> AsyncGenerator[Delta, None]:
         """The deltas of one."""
@@ -373,10 +369,8 @@ class Generation:
         if output.timing is not None:
             self._timings[completion.index] = output.timing
             record.timing = self._timing(completion)
-        if output.finish_reason == "abort":
-            raise RequestFailedError("The request was aborted.")
-        if output.finish_reason == "error":
-            raise _failure(output)
+        if output.finish_reason in ("abort", "error"):
+            raise failure(output)
         self._cut_off = self._cut_off or output.finish_reason == "length"
         self._num_running -= 1
         if not self._num_running:
@@ -461,7 +455,24 @@ class Pending:
         return self._deltas.pop(next(iter(self._deltas)))
 
 
-def _failure(output: Output) -> PronkError:
+@contextmanager
+def recorded(record: RequestRecord) -> Iterator[None]:
+    """Leaves in the record how what is done in it ended."""
+    record.outcome = "client_abort"  # so it is, when this is left before it says otherwise, and by no error of ours
+    try:
+        yield
+    except (RequestError, EngineDrainingError):
+        record.outcome = None
+        raise
+    except Exception:
+        record.outcome = "error"
+        raise
+
+
+def failure(output: Output) -> PronkError:
+    """-> what a completion that the engine gave up ended with. To be raised."""
+    if output.finish_reason == "abort":
+        return RequestFailedError("The request was aborted.")
     kind = getattr(errors, output.error_kind or "", None)
     if isinstance(kind, type) and issubclass(kind, PronkError):
         return kind(f"The request failed: {output.error}.")

@@ -76,8 +76,8 @@ class CompletionRequest(SamplingFields):
         prompts = len(self.prompt) if isinstance(self.prompt, list) else 1
         if prompts * self.num_made > MAX_COMPLETIONS and _kind_of_prompt(self.prompt) != "tokens":
             raise APIError(f"One request may make at most {MAX_COMPLETIONS} completions.", INVALID_VALUE, "prompt")
-        if self.use_beam_search and (self.echo or self.best_of is not None or self.logprobs is not None):
-            raise refuse("use_beam_search", "A beam search has no echo, no best_of and no logprobs: leave them out.")
+        if self.use_beam_search and (self.echo or self.best_of is not None):
+            raise refuse("use_beam_search", "A beam search has no echo and no best_of: leave them out.")
 
     @property
     def num_made(self) -> int:

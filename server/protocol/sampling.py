@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from pronk.engine.errors import InvalidParameterError
 from pronk.engine.model.config import GenerationDefaults
-from pronk.engine.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, Grammar, SamplingParams
+from pronk.engine.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, SamplingParams
 from pronk.engine.tokenizer import Tokenizer
 from pronk.server.errors import INVALID_VALUE, APIError
 from pronk.server.protocol.common import Body, StreamOptions, refuse
@@ -22,6 +22,14 @@ from pronk.server.protocol.formats import ResponseFormat, StructuredOutputs, for
 
 MAX_CHOICES = 128
 MAX_SALT = 1024
+
+MAX_BEAMS = MAX_LOGPROBS // 2
+"""Each beam of a search asks for twice as many tokens as there are beams."""
+NOT_WITH_BEAMS = (
+    "stop", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "allowed_token_ids", "bad_words", "response_format", "structured_outputs", "prompt_logprobs",
+    "min_tokens",
+)  # fmt: skip
 
 # fail_fast: of a million faults in one list, one is told, and only one is looked for.
 Strings = Annotated[list[str], Field(fail_fast=True)]
@@ -78,7 +86,9 @@ class SamplingFields(Body):
         False, description="Search for the n likeliest answers, in beams as many as n; temperature must be 0."
     )
     length_penalty: float | None = Field(
-        None, description="Of beam search: a beam's score is its log probability divided by its length to this power."
+        None,
+        description="Of beam search: a beam's score is its log probability, divided by its number of tokens to this "
+        "power. Default 1.",
     )
 
     response_format: ResponseFormat | None = Field(None, description="What form the answer's text must have.")
@@ -121,7 +131,17 @@ class SamplingFields(Body):
                 sentence = "length_penalty speaks of beam search: set use_beam_search."
                 raise APIError(sentence, INVALID_VALUE, "length_penalty")
             return
-        raise refuse("use_beam_search", "Beam search is not supported yet: leave use_beam_search out.")
+        if self.temperature not in (None, 0):
+            raise APIError("temperature must be 0 with use_beam_search.", INVALID_VALUE, "temperature")
+        if self.stream:
+            raise refuse("stream", "A beam search has nothing to tell before its end: leave stream out.")
+        if self.num_choices > MAX_BEAMS:
+            raise refuse("n", f"A beam search may be at most {MAX_BEAMS} beams wide.")
+        if self.length_penalty is not None and not -10 <= self.length_penalty <= 10:
+            raise APIError("length_penalty must be between -10 and 10.", INVALID_VALUE, "length_penalty")
+        for name in NOT_WITH_BEAMS:
+            if getattr(self, name) is not None:
+                raise refuse(name, f"{name} cannot be used together with use_beam_search.")
 
     @property
     def num_choices(self) -> int:

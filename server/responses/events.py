@@ -16,7 +16,7 @@ import msgspec
 from pronk.engine.tokenizer import Vocabulary
 from pronk.server.chat.chunks import describe_logprobs
 from pronk.server.chat.tool_parser import CallDelta, Part
-from pronk.server.generation import Delta, Generation, Scored
+from pronk.server.generation import Asking, Delta, Scored
 from pronk.server.record import RequestRecord
 from pronk.server.responses.items import ItemDict, new_id
 from pronk.server.streaming import to_json
@@ -174,7 +174,7 @@ def usage_of(record: RequestRecord) -> dict[str, Any]:
     }
 
 
-async def make(generation: Generation, body: dict[str, Any], output: Output) -> None:
+async def make(generation: Asking, body: dict[str, Any], output: Output) -> None:
     """A whole answer: bring `body` up to date with all of it. Raises what the generation raises."""
     reason = None
     async with aclosing(generation.deltas()) as deltas:

@@ -12,11 +12,12 @@ from starlette.responses import Response
 
 from pronk.engine.request import SamplingParams
 from pronk.server.answering import GenerationResponse, check_grammar, read_request
+from pronk.server.beam import BeamSearch
 from pronk.server.chat.chunks import ChunkWriter, Wanted, completion_body
 from pronk.server.generation import Generation, Prompt
 from pronk.server.protocol.chat import ChatCompletionRequest, Constraint
 from pronk.server.protocol.common import parse, schema_of
-from pronk.server.protocol.sampling import choices
+from pronk.server.protocol.sampling import choices, first
 from pronk.server.record import RequestRecord
 from pronk.server.routes.models import unknown_model
 from pronk.server.service import ServedModel, Service
@@ -56,21 +57,39 @@ async def create_chat_completion(request: HTTPRequest) -> Response:
     await check_grammar(model, read.constraint.grammar, read.asked.grammar_field)
     # Whatever has changed meanwhile: nothing is handed to an engine that drains or is gone.
     model = service.require()
-    asked = read.asked
-    generation = Generation(
-        [Prompt(read.prompt, choices(read.params, asked.num_choices, request.app.state.config.engine.seed))],
-        request_id=f"chatcmpl-{uuid.uuid4().hex}",
-        model=model,
-        record=record,
-        cache_salt=asked.salt(request.state.cache_salt),
-        priority=asked.engine_priority,
-        tools=read.constraint.tools,
-        form=read.constraint.form,
-    )
+    generation = _generation(read, request, model, record)
     return _answer(read, generation, model, record)
 
 
-def _answer(read: Read, generation: Generation, model: ServedModel, record: RequestRecord) -> Response:
+def _generation(read: Read, request: HTTPRequest, model: ServedModel, record: RequestRecord) -> Generation | BeamSearch:
+    asked = read.asked
+    request_id = f"chatcmpl-{uuid.uuid4().hex}"
+    salt, priority = asked.salt(request.state.cache_salt), asked.engine_priority
+    if asked.use_beam_search:
+        return BeamSearch(
+            [read.prompt],
+            read.params,
+            width=asked.num_choices,
+            length_penalty=first(asked.length_penalty, 1.0),
+            request_id=request_id,
+            model=model,
+            record=record,
+            cache_salt=salt,
+            priority=priority,
+        )
+    return Generation(
+        [Prompt(read.prompt, choices(read.params, asked.num_choices, request.app.state.config.engine.seed))],
+        request_id=request_id,
+        model=model,
+        record=record,
+        cache_salt=salt,
+        priority=priority,
+        tools=read.constraint.tools,
+        form=read.constraint.form,
+    )
+
+
+def _answer(read: Read, generation: Generation | BeamSearch, model: ServedModel, record: RequestRecord) -> Response:
     asked, tools = read.asked, read.constraint.tools
     head = Head(generation.request_id, int(time.time()), asked.model)
     wanted = Wanted(

@@ -13,11 +13,12 @@ from starlette.responses import Response
 
 from pronk.engine.request import SamplingParams
 from pronk.server.answering import GenerationResponse, check_grammar, read_request
+from pronk.server.beam import BeamSearch
 from pronk.server.completing import CompletionWriter, Wanted, completion_body
 from pronk.server.generation import Generation, Prompt
 from pronk.server.protocol.common import parse, schema_of
 from pronk.server.protocol.completions import CompletionRequest
-from pronk.server.protocol.sampling import choices
+from pronk.server.protocol.sampling import choices, first
 from pronk.server.record import RequestRecord
 from pronk.server.routes.models import unknown_model
 from pronk.server.service import ServedModel, Service
@@ -54,15 +55,7 @@ async def create_completion(request: HTTPRequest) -> Response:
     await check_grammar(model, read.params.grammar, asked.grammar_field)
     # Whatever has changed meanwhile: nothing is handed to an engine that drains or is gone.
     model = service.require()
-    seed = request.app.state.config.engine.seed
-    generation = Generation(
-        [Prompt(prompt, choices(read.params, asked.num_made, seed)) for prompt in read.prompts],
-        request_id=f"cmpl-{uuid.uuid4().hex}",
-        model=model,
-        record=record,
-        cache_salt=asked.salt(request.state.cache_salt),
-        priority=asked.priority or 0,
-    )
+    generation = _generation(read, request, model, record)
     head = Head(generation.request_id, int(time.time()), asked.model)
     wanted = Wanted(
         n=asked.num_choices,
@@ -81,6 +74,33 @@ async def create_completion(request: HTTPRequest) -> Response:
         body=lambda answers: completion_body(head, wanted, model.vocabulary, record, answers, read.prompts),
         writer=CompletionWriter(head, wanted, model.vocabulary, record, read.prompts) if asked.stream else None,
         names={"messages": "prompt", "structured_outputs": asked.grammar_field},
+    )
+
+
+def _generation(read: Read, request: HTTPRequest, model: ServedModel, record: RequestRecord) -> Generation | BeamSearch:
+    asked = read.asked
+    request_id = f"cmpl-{uuid.uuid4().hex}"
+    salt, priority = asked.salt(request.state.cache_salt), asked.priority or 0
+    if asked.use_beam_search:
+        return BeamSearch(
+            read.prompts,
+            read.params,
+            width=asked.num_choices,
+            length_penalty=first(asked.length_penalty, 1.0),
+            request_id=request_id,
+            model=model,
+            record=record,
+            cache_salt=salt,
+            priority=priority,
+        )
+    seed = request.app.state.config.engine.seed
+    return Generation(
+        [Prompt(prompt, choices(read.params, asked.num_made, seed)) for prompt in read.prompts],
+        request_id=request_id,
+        model=model,
+        record=record,
+        cache_salt=salt,
+        priority=priority,
     )
 
 
