@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pronk.engine.errors import InvalidParameterError
 from pronk.engine.request import Grammar
-from pronk.server.chat.tool_schema import closed, moved
+from pronk.server.chat.tool_schema import closed, moved, without_calls
 
 if TYPE_CHECKING:
     from pronk.server.chat.tools import Choice, Function
@@ -121,7 +121,7 @@ def _format(response_format: Grammar) -> str:
     match response_format.kind:
         case "json":
             schema = json.loads(response_format.text)
-            return f"format: {_json(schema)}"
+            return f"format: {_json(without_calls(schema) if isinstance(schema, dict) else {'allOf': [schema]})}"
         case "choice":
             return "format: " + " | ".join(json.dumps(text) for text in json.loads(response_format.text))
         case "regex":

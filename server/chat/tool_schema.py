@@ -1,4 +1,4 @@
-"""JSON schemas of tools, rewritten for a grammar: moved into another schema, or closed against further properties.
+"""JSON schemas, rewritten for a grammar of calls: moved into another schema, or closed against further properties.
 
 Knows where a schema holds schemas. A rewritten schema is a new one; the client's own is left as it is.
 """
@@ -24,6 +24,7 @@ _JOINING = {
     "unevaluatedProperties", "$dynamicRef",
 }  # fmt: skip
 _JOINING_BESIDE_PROPERTIES = {"$ref", "anyOf", "oneOf"}
+_SEVERAL = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 
 
 def moved(schema: Schema, place: str) -> dict[str, Any]:
@@ -58,12 +59,25 @@ def closed(schema: Schema) -> dict[str, Any]:
         properties, required = part.get("properties"), part.get("required", [])
         if "additionalProperties" in part or "minProperties" in part or not isinstance(properties, Mapping):
             return part
-        if isinstance(required, list) and all(name in properties for name in required):
+        if isinstance(required, list) and all(isinstance(name, str) and name in properties for name in required):
             part["additionalProperties"] = False
         return part
 
     looked_at = _rewritten(schema, look)
     return looked_at if joining else _rewritten(schema, close)
+
+
+def without_calls(schema: Schema) -> dict[str, Any]:
+    """The schema of an answer beside which there are calls, {"name": ..., "parameters": ...}: an object that may have
+    any property may not have `parameters`. Without this a call that breaks its own schema would be an answer of this
+    one. What a schema names itself, it keeps."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return dict(schema)  # no schema; not for this to say
+    named = "parameters" in properties or "parameters" in required
+    if named or schema.get("additionalProperties") is False or not _SEVERAL.isdisjoint(schema):
+        return dict(schema)
+    return {**schema, "properties": {**properties, "parameters": False}}
 
 
 def _rewritten(schema: Any, change: Change) -> Any:

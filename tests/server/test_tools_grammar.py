@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pronk.engine.errors import InvalidParameterError
 from pronk.engine.grammar import GrammarCompiler
@@ -258,6 +260,32 @@ def test_calls_or_the_format(functions: tuple[Function, ...]) -> None:
         assert not Run(grammar, text).taken
 
 
+@pytest.mark.parametrize(
+    ("schema", "is_free"),
+    [
+        ({"type": "object"}, True),
+        ({}, True),
+        ({"properties": {"name": {}}}, True),
+        ({"additionalProperties": {"type": "object"}}, True),
+        ({"properties": {"name": {}, "parameters": {}}}, False),
+        ({"properties": {"name": {}}, "required": ["parameters"]}, False),
+        ({"anyOf": [{"type": "object"}]}, False),
+    ],
+)
+def test_a_call_that_breaks_its_schema_is_no_answer_of_an_open_format(schema: dict[str, Any], is_free: bool) -> None:
+    grammar = calls(STRICT_WEATHER).grammar(Grammar("json", json.dumps(schema)))
+    assert Run(grammar, PARIS).may_end
+    if is_free and "additionalProperties" not in schema:
+        assert Run(grammar, '{"name": "get_weather", "age": {"parameters": 1}}').may_end
+    # What a format asks for itself it gets.
+    assert Run(grammar, NOWHERE).taken is not is_free
+
+
+def test_a_format_may_be_anything_or_nothing() -> None:
+    assert Run(calls(NOW).grammar(Grammar("json", "true")), "[1]").may_end
+    assert Run(calls(NOW).grammar(Grammar("json", "true")), TIME).may_end
+
+
 def test_a_format_that_shows_a_call_is_no_call() -> None:
     tools = calls(WEATHER)
     response_format = Grammar("json", '{"type": "object"}')
@@ -284,6 +312,38 @@ def test_a_grammar_cannot_stand_beside_calls(kind: Any) -> None:
     with pytest.raises(InvalidParameterError) as caught:
         calls(NOW).grammar(Grammar(kind, "start: /x/"))
     assert caught.value.param == "structured_outputs"
+
+
+KEYWORDS = st.sampled_from(
+    [
+        "type",
+        "properties",
+        "required",
+        "additionalProperties",
+        "items",
+        "anyOf",
+        "allOf",
+        "$ref",
+        "$defs",
+        "enum",
+        "not",
+    ]
+)
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["object", "parameters", "#", "#/x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYWORDS, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(KEYWORDS, JUNK, max_size=4), JUNK, st.sampled_from([Choice(), REQUIRED]))
+def test_what_is_no_schema_is_for_the_library_to_refuse(schema: dict[str, Any], answer: Any, choice: Choice) -> None:
+    tools = calls(Function("f", None, schema, strict=True), choice=choice)
+    for response_format in (None, Grammar("json", json.dumps(answer))):
+        grammar = tools.grammar(response_format)
+        assert grammar is not None
+        assert grammar.kind == "lark"
 
 
 # Nothing to hold to
@@ -347,6 +407,8 @@ def test_an_object_that_names_its_properties_has_no_others(schema: dict[str, Any
         {**PART, "additionalProperties": True},
         {**PART, "additionalProperties": {"type": "integer"}},
         {**PART, "required": ["b"]},
+        {**PART, "required": [{}]},
+        {**PART, "required": "a"},
         {**PART, "minProperties": 2},
         {**PART, "allOf": [{"properties": {"b": {}}}]},
         {**PART, "anyOf": [{"properties": {"b": {}}, "required": ["b"]}]},
