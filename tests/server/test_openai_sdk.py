@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
+import pydantic
 import pytest
 
 from .conftest import Start
@@ -78,6 +79,95 @@ async def test_the_sync_client(running: Running) -> None:
             return whole.choices[0].message.content, "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
     assert await asyncio.to_thread(ask) == ("desserts", "desserts")
+
+
+CALL = '{"name": "weather", "parameters": {"city": "Lima", "days": 2}}'
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def say(running: Running, text: str) -> None:
+    running.engine.script = lambda request: outputs([*text.encode(), END_OF_TURN], logprobs=request.params.logprobs)
+
+
+async def test_tools(running: Running, client: openai.AsyncOpenAI) -> None:
+    """The whole loop: a call, its result, an answer; and the same call from a stream."""
+    say(running, CALL)
+    first = await client.chat.completions.create(model="tiny", messages=MESSAGES, tools=[TOOL], tool_choice="required")
+    message = first.choices[0].message
+    assert (message.content, first.choices[0].finish_reason) == (None, "tool_calls")
+    assert message.tool_calls is not None
+    (call,) = message.tool_calls
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Lima", "days": 2})
+    type(first).model_validate(json.loads(first.model_dump_json()), strict=True)
+
+    say(running, "Sunny.")
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "sun"}
+    history = [*MESSAGES, message.model_dump(), result]
+    second = await client.chat.completions.create(model="tiny", messages=history, tools=[TOOL])
+    assert (second.choices[0].message.content, second.choices[0].message.tool_calls) == ("Sunny.", None)
+
+    say(running, CALL)
+    async with client.chat.completions.stream(model="tiny", messages=MESSAGES, tools=[TOOL]) as stream:
+        events = [event async for event in stream]
+        final = await stream.get_final_completion()
+    assert final.choices[0].finish_reason == "tool_calls"
+    assert final.choices[0].message.tool_calls is not None
+    (streamed,) = final.choices[0].message.tool_calls
+    assert streamed.function.parsed_arguments == {"city": "Lima", "days": 2}
+    done = [event for event in events if event.type == "tool_calls.function.arguments.done"]
+    assert [(event.name, event.index) for event in done] == [("weather", 0)]
+
+
+class City(pydantic.BaseModel):
+    name: str
+    people: int
+
+
+async def test_parsed_answers(running: Running, client: openai.AsyncOpenAI) -> None:
+    say(running, '{"name": "Lima", "people": 10}')
+    parsed = await client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=City)
+    assert parsed.choices[0].message.parsed == City(name="Lima", people=10)
+    grammar = running.engine.requests[0].params.grammar
+    assert grammar is not None
+    assert grammar.kind == "json"
+    assert list(json.loads(grammar.text)["properties"]) == ["name", "people"]
+    async with client.chat.completions.stream(model="tiny", messages=MESSAGES, response_format=City) as stream:
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.parsed == City(name="Lima", people=10)
+
+
+async def test_several_choices(client: openai.AsyncOpenAI) -> None:
+    whole = await client.chat.completions.create(model="tiny", messages=MESSAGES, n=3)
+    assert [(choice.index, choice.message.content) for choice in whole.choices] == [(n, "desserts") for n in range(3)]
+    async with client.chat.completions.stream(model="tiny", messages=MESSAGES, n=3) as stream:
+        final = await stream.get_final_completion()
+    assert [(choice.index, choice.message.content) for choice in final.choices] == [(n, "desserts") for n in range(3)]
+
+
+async def test_completions(client: openai.AsyncOpenAI) -> None:
+    bare: Any = {"model": "tiny", "max_tokens": 50, "extra_body": {"add_special_tokens": False}}
+    whole = await client.completions.create(prompt=["ab", "cd"], logprobs=1, **bare)
+    assert [(choice.index, choice.text) for choice in whole.choices] == [(0, "ba"), (1, "dc")]
+    assert all(choice.logprobs is not None and choice.logprobs.tokens for choice in whole.choices)
+    type(whole).model_validate(json.loads(whole.model_dump_json()), strict=True)
+    stream = await client.completions.create(prompt="ab", stream=True, stream_options={"include_usage": True}, **bare)
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == "ba"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage is not None
 
 
 async def test_models(client: openai.AsyncOpenAI) -> None:
