@@ -111,6 +111,7 @@ CONTENT = {
     "a placeholder for a value": '{"name": "f", "parameters": {"a": <a>}}',
     "a list of arguments": '{"name": "f", "parameters": [1]}',
     "null": '{"name": "f", "parameters": null}',
+    "arguments twice": '{"parameters": {"a": 1}, "arguments": {"a": 1}, "name": "f"}',
     "a name twice": '{"name": "f", "name": "f", "parameters": {}}',
     "a name and a function": '{"name": "f", "function": "g", "parameters": {}}',
     "another type": '{"type": "object", "name": "f", "parameters": {}}',
@@ -176,6 +177,8 @@ def test_what_only_looks_like_a_call_is_content(name: str) -> None:
         ('[{"name": "f", "parameters": {}}', None, [("f", "{}")]),
         ('[{"name": "f", "parameters": {}}, ', None, [("f", "{}")]),
         ("[f(), ", None, [("f", "{}")]),
+        ("[f(), g(a=", ", g(a=", [("f", "{}")]),
+        ('[{"name": "f", "parameters": {}}, {"na', ', {"na', [("f", "{}")]),
         ("```json\n[f()]\n```", "```json\n\n```", [("f", "{}")]),
     ],
 )
