@@ -65,23 +65,41 @@ class Delta(msgspec.Struct, frozen=True):
         """The tool calls alone."""
         return [part for part in self.parts if not isinstance(part, str)]
 
-    def then(self, later: Delta) -> Delta:
-        """This delta and the next one of the same completion -> one that says the same."""
-        parts = [*self.parts]
-        for part in later.parts:
-            last = parts[-1] if parts else None
-            if isinstance(part, str) and isinstance(last, str):
-                parts[-1] = last + part
-            else:
-                parts.append(part)
-        return Delta(
-            self.index,
-            parts,
-            self.logprobs + later.logprobs,
-            later.finish_reason,
-            self.token_ids + later.token_ids,
-            self.prompt_logprobs,
-        )
+
+class Joint:
+    """Deltas of one completion that become one. To add to it costs what the addition is long, however much there is."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._parts: list[Part] = []
+        self._logprobs: list[Scored] = []
+        self._finish_reason: str | None = None
+        self._token_ids: list[int] = []
+        self._prompt_logprobs: list[TokenLogprobs] | None = None
+
+    def add(self, delta: Delta) -> None:
+        self._parts += delta.parts
+        self._logprobs += delta.logprobs
+        self._finish_reason = delta.finish_reason
+        self._token_ids += delta.token_ids
+        if delta.prompt_logprobs is not None:
+            self._prompt_logprobs = delta.prompt_logprobs
+
+    def delta(self) -> Delta:
+        """-> one that says the same."""
+        parts: list[Part] = []
+        text: list[str] = []
+        for part in self._parts:
+            if isinstance(part, str):
+                text.append(part)
+                continue
+            if text:
+                parts.append("".join(text))
+                text = []
+            parts.append(part)
+        if text:
+            parts.append("".join(text))
+        return Delta(self._index, parts, self._logprobs, self._finish_reason, self._token_ids, self._prompt_logprobs)
 
 
 @dataclass
@@ -422,13 +440,20 @@ class Pending:
 
     def __init__(self, writers: int) -> None:
         self._writers = writers
-        self._deltas: dict[int, Delta] = {}
+        self._waiting: dict[int, Delta | Joint] = {}
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
     def put(self, delta: Delta) -> None:
-        earlier = self._deltas.get(delta.index)
-        self._deltas[delta.index] = delta if earlier is None else earlier.then(delta)
+        earlier = self._waiting.get(delta.index)
+        if earlier is None:
+            self._waiting[delta.index] = delta
+        elif isinstance(earlier, Joint):
+            earlier.add(delta)
+        else:
+            self._waiting[delta.index] = joint = Joint(delta.index)
+            joint.add(earlier)
+            joint.add(delta)
         self._changed.set()
 
     def end(self) -> None:
@@ -445,14 +470,15 @@ class Pending:
         return self
 
     async def __anext__(self) -> Delta:
-        while not self._deltas:
+        while not self._waiting:
             if self._error is not None:
                 raise self._error
             if not self._writers:
                 raise StopAsyncIteration
             self._changed.clear()
             await self._changed.wait()
-        return self._deltas.pop(next(iter(self._deltas)))
+        waited = self._waiting.pop(next(iter(self._waiting)))
+        return waited.delta() if isinstance(waited, Joint) else waited
 
 
 @contextmanager

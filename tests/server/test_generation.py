@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Sequence
+from itertools import pairwise as pairs
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from pronk.engine.errors import NonFiniteLogitsError
 from pronk.engine.request import Output, Request, SamplingParams
 from pronk.server.chat.tools import Function, ToolCalls
 from pronk.server.errors import RequestFailedError
-from pronk.server.generation import Answer, Assembler, Delta, Generation, Pending, Prompt
+from pronk.server.generation import Answer, Assembler, Delta, Generation, Joint, Pending, Prompt
 from pronk.server.record import RequestRecord
 
 from .fakes import BYTES, END_OF_TURN, FakeEngine, outputs, served
@@ -117,7 +117,7 @@ def test_deltas_that_wait_are_joined(parts: list[tuple[int, str, bool]]) -> None
         read = ["", "", ""]
         for index, text, look in parts:
             pending.put(Delta(index, [text], token_ids=[len(text)]))
-            while look and pending._deltas:
+            while look and pending._waiting:
                 delta = await anext(pending)
                 read[delta.index] += delta.text
         for _ in range(3):
@@ -151,7 +151,7 @@ def test_joining_deltas_does_not_change_an_answer(cuts: list[int], joined: int) 
     edges = [0, *sorted(cuts), len(tokens)]
     assembler = Assembler(BYTES, SamplingParams(), frozenset({END_OF_TURN}), tools=ToolCalls((Function("f"),)))
     deltas = []
-    for place, (start, end) in enumerate(itertools.pairwise(edges)):
+    for place, (start, end) in enumerate(pairs(edges)):
         finish = "stop" if place == len(edges) - 2 else None
         delta = assembler.feed(Output(request_id="", token_ids=tokens[start:end], finish_reason=finish))  # type: ignore[arg-type]
         deltas += [delta] if delta is not None else []
@@ -164,8 +164,14 @@ def test_joining_deltas_does_not_change_an_answer(cuts: list[int], joined: int) 
     assert answer.token_ids == tokens
     for _ in range(min(joined, len(deltas) - 1)):
         place = joined % (len(deltas) - 1)
-        deltas[place : place + 2] = [deltas[place].then(deltas[place + 1])]
+        joint = Joint(0)
+        joint.add(deltas[place])
+        joint.add(deltas[place + 1])
+        deltas[place : place + 2] = [joint.delta()]
     assert fold(deltas) == answer
+    assert all(
+        not isinstance(one, str) or not isinstance(two, str) for delta in deltas for one, two in pairs(delta.parts)
+    )
 
 
 def fold(deltas: Sequence[Delta]) -> Answer:
