@@ -67,7 +67,7 @@ def order_of(num_inputs: int, format: WeightFormat, dtype: torch.dtype) -> Order
 
 
 _PLAIN = (
-    Tile(16, 32, 4, 4, most_rows=16, fewest_programs=256, at_once=True),
+    Tile(16, 32, 8, 4, most_rows=16, fewest_programs=256, at_once=True),
     Tile(16, 16, 4, 6, most_rows=16, at_once=True),
     Tile(32, 32, 4, 4, most_rows=32, fewest_programs=128, at_once=True),
     Tile(32, 16, 4, 5, most_rows=32, at_once=True),
@@ -78,7 +78,7 @@ _PLAIN = (
     Tile(64, 64, 4, 6, most_rows=None),
 )
 _BYTES = (
-    Tile(16, 32, 4, 4, most_rows=16, fewest_programs=256, at_once=True),
+    Tile(16, 32, 8, 4, most_rows=16, fewest_programs=256, at_once=True),
     Tile(16, 16, 4, 4, most_rows=16, at_once=True),
     Tile(32, 16, 4, 4, most_rows=32, at_once=True),
     Tile(64, 64, 4, 4, most_rows=64, fewest_programs=128),

@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pronk.kernels import cases, reference
+from pronk.kernels import cases, gpu, reference
 from pronk.kernels.cases import Heads, LinearCase
-from pronk.kernels.gpu import linear as gpu
-from pronk.kernels.gpu.activation import silu_mul_rows
+from pronk.kernels.gpu import vendor
+from pronk.kernels.gpu.linear import UNLIMITED, launch_for
 from pronk.kernels.gpu.linear_tiles import order_of, stages_within, tile_of
-from pronk.kernels.gpu.rope import rope_and_cache
 from pronk.kernels.interface import LayerCache, Weight, WeightFormat
 
 each_format = pytest.mark.parametrize("format", gpu.WEIGHT_FORMATS)
@@ -140,8 +139,8 @@ def test_an_output_has_the_same_bits_in_any_tile(device: str) -> None:
     """A weight of many outputs is cut into wider tiles: the first of them must not notice."""
     x, weight = (tensor.to(device) for tensor in cancelling(2, 512, 8192, torch.bfloat16))
     many, few = gpu.pack(weight), gpu.pack(weight[:24].contiguous())
-    assert gpu.launch_for(2, 8192, 512, "plain", x.dtype, gpu.UNLIMITED).constants["BLOCK_N"] == 32
-    assert gpu.launch_for(2, 24, 512, "plain", x.dtype, gpu.UNLIMITED).constants["BLOCK_N"] == 16
+    assert launch_for(2, 8192, 512, "plain", x.dtype, UNLIMITED).constants["BLOCK_N"] == 32
+    assert launch_for(2, 24, 512, "plain", x.dtype, UNLIMITED).constants["BLOCK_N"] == 16
     assert torch.equal(gpu.linear(x, many)[:, :24], gpu.linear(x, few))
 
 
@@ -171,7 +170,7 @@ def test_linear_silu_mul_is_the_two_one_after_the_other(
     x, packed, _ = made(LinearCase("", num_rows, 544, 2 * 21), dtype, format, device)
     fused = gpu.linear_silu_mul(x, packed)
     assert fused.dtype == dtype
-    assert torch.equal(fused, silu_mul_rows(gpu.linear(x, packed)))
+    assert torch.equal(fused, gpu.silu_mul(gpu.linear(x, packed)))
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def test_linear_rope_and_cache_is_the_two_one_after_the_other(
     inputs = RopeInputs.of(case, device)
     fused_cache, cache = (empty_cache(case, dtype, scaled, device) for _ in range(2))
     fused = gpu.linear_rope_and_cache(x, packed, inputs.positions, inputs.cos_sin, inputs.slots, fused_cache)
-    queries = rope_and_cache(gpu.linear(x, packed), inputs.positions, inputs.cos_sin, inputs.slots, cache)
+    queries = gpu.rope_and_cache(gpu.linear(x, packed), inputs.positions, inputs.cos_sin, inputs.slots, cache)
     assert torch.equal(fused, queries)
     for name in ("keys", "values", "key_scales", "value_scales"):
         ours, theirs = getattr(fused_cache, name), getattr(cache, name)
@@ -297,9 +296,7 @@ def test_what_is_refused(device: str) -> None:
 def test_the_order_of_a_sum_knows_no_rows(dtype: torch.dtype, format: WeightFormat) -> None:
     """What a launch's constants say of the order is the same for all rows."""
     for num_outputs, num_inputs in ((3072, 2048), (2048, 8192), (16384, 2048), (128256, 2048), (24, 96)):
-        launches = [
-            gpu.launch_for(rows, num_outputs, num_inputs, format, dtype, gpu.UNLIMITED) for rows in (*ROWS, 3000)
-        ]
+        launches = [launch_for(rows, num_outputs, num_inputs, format, dtype, UNLIMITED) for rows in (*ROWS, 3000)]
         orders = {(launch.constants["BLOCK_K"], launch.constants["SEGMENTS"]) for launch in launches}
         assert len(orders) == 1
 
@@ -308,7 +305,7 @@ def test_few_rows_fill_the_device() -> None:
     """One row of the 1B's, the 3B's and the 8B's layers: a program for nearly each of 132 multiprocessors."""
     for num_outputs in (2048, 3072, 4096, 5120, 6144, 16384, 28672):
         for format in ("plain", "int8", "fp8"):
-            launch = gpu.launch_for(1, num_outputs, 4096, format, torch.bfloat16, gpu.UNLIMITED)
+            launch = launch_for(1, num_outputs, 4096, format, torch.bfloat16, UNLIMITED)
             assert launch.num_programs >= 128
             assert launch.constants["AT_ONCE"]
 
@@ -321,3 +318,27 @@ def test_stages_fit_into_shared_memory() -> None:
             tile = tile_of(rows, 4096, format, torch.bfloat16)
             assert stages_within(99 << 10, tile, order, format, torch.bfloat16) >= 2
             assert stages_within(1 << 30, tile, order, format, torch.bfloat16) == tile.num_stages
+
+
+def test_the_vendors_products_are_an_option(device: str) -> None:
+    """For many rows, and for plain weights; the rest has the set's own bits."""
+    for num_rows, format in ((vendor.FEW_ROWS, "plain"), (70, "int8"), (70, "plain")):
+        x, packed, weight = made(LinearCase("", num_rows, 256, 4 * 64), torch.bfloat16, format, device)
+        product = vendor.linear(x, packed)
+        assert_product(product, x, weight)
+        if (num_rows, format) != (70, "plain"):
+            assert torch.equal(product, gpu.linear(x, packed))
+        assert torch.equal(vendor.linear_silu_mul(x, packed), gpu.silu_mul(product))
+        case = cases.RopeCase("", Heads(64, 1, 2), 16, num_rows)
+        inputs = RopeInputs.of(case, device)
+        ours, theirs = (empty_cache(case, torch.bfloat16, False, device) for _ in range(2))
+        queries = vendor.linear_rope_and_cache(x, packed, inputs.positions, inputs.cos_sin, inputs.slots, ours)
+        expected = gpu.rope_and_cache(product, inputs.positions, inputs.cos_sin, inputs.slots, theirs)
+        assert torch.equal(queries, expected)
+        assert torch.equal(ours.keys.view(torch.int16), theirs.keys.view(torch.int16))
+
+
+def test_the_option_has_whatever_the_set_has() -> None:
+    assert all(hasattr(vendor, name) for name in gpu.__all__)
+    assert vendor.rms_norm is gpu.rms_norm
+    assert vendor.linear is not gpu.linear
