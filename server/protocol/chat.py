@@ -22,16 +22,18 @@ from pronk.server.protocol.tools import FunctionCallChoice, Functions, ToolChoic
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "user": "names an end user for the operator's records; the model does not see it",
-    "safety_identifier": "as user",
+    "safety_identifier": "names an end user, as user does",
     "metadata": "labels a stored completion; completions are not stored",
     "store": "completions are not stored; OpenAI's own answer is the same either way",
     "prompt_cache_key": "steers OpenAI's cache; ours finds common beginnings itself",
-    "prompt_cache_options": "as prompt_cache_key",
-    "prompt_cache_retention": "as prompt_cache_key",
+    "prompt_cache_options": "steers OpenAI's cache, as prompt_cache_key does",
+    "prompt_cache_retention": "steers OpenAI's cache, as prompt_cache_key does",
     "prediction": "only makes OpenAI's decoding faster",
     "reasoning_effort": "speaks of hidden reasoning; these models have none",
     "name": "in a message: Llama's format has no place for a participant's name",
 }
+
+NO_EFFECT = {name: f"No effect: {reason}." for name, reason in WITHOUT_EFFECT.items()}
 
 REFUSED: Mapping[str, str] = {
     "audio": "This model answers in text only: leave audio out.",
@@ -118,18 +120,18 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
         None, description="flex: let requests of other tiers go first; the others are alike."
     )
 
-    user: str | None = Field(None, description="No effect.")
-    safety_identifier: str | None = Field(None, description="No effect.")
-    metadata: dict[str, Any] | None = Field(None, description="No effect.")
-    store: bool | None = Field(None, description="No effect.")
-    prompt_cache_key: str | None = Field(None, description="No effect.")
-    prompt_cache_options: dict[str, Any] | None = Field(None, description="No effect.")
-    prompt_cache_retention: str | None = Field(None, description="No effect.")
-    prediction: dict[str, Any] | None = Field(None, description="No effect.")
-    reasoning_effort: str | None = Field(None, description="No effect.")
-    audio: Any = Field(None, description="Refused.")
-    moderation: Any = Field(None, description="Refused.")
-    web_search_options: Any = Field(None, description="Refused.")
+    user: str | None = Field(None, description=NO_EFFECT["user"])
+    safety_identifier: str | None = Field(None, description=NO_EFFECT["safety_identifier"])
+    metadata: dict[str, Any] | None = Field(None, description=NO_EFFECT["metadata"])
+    store: bool | None = Field(None, description=NO_EFFECT["store"])
+    prompt_cache_key: str | None = Field(None, description=NO_EFFECT["prompt_cache_key"])
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=NO_EFFECT["prompt_cache_options"])
+    prompt_cache_retention: str | None = Field(None, description=NO_EFFECT["prompt_cache_retention"])
+    prediction: dict[str, Any] | None = Field(None, description=NO_EFFECT["prediction"])
+    reasoning_effort: str | None = Field(None, description=NO_EFFECT["reasoning_effort"])
+    audio: Any = Field(None, description="Refused: this model answers in text only.")
+    moderation: Any = Field(None, description="Refused: nothing is moderated here.")
+    web_search_options: Any = Field(None, description="Refused: this model searches no web.")
 
     def check(self) -> None:
         for name, sentence in REFUSED.items():
@@ -139,7 +141,7 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
             raise refuse("modalities", 'This model answers in text only: modalities must be ["text"].')
         if self.verbosity not in (None, "medium"):
             raise refuse("verbosity", "This model cannot be told how much to say by verbosity: leave it out.")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise APIError("top_logprobs is only allowed with logprobs set to true.", INVALID_VALUE, "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise APIError(
@@ -177,8 +179,6 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
         return Constraint(tools, form, form if tools is None else tools.grammar(form))
 
     @property
-    def grammar_field(self) -> str:
-        """Of tools and a format, tools."""
-        if self.tools:
-            return "tools"
-        return "functions" if self.functions else super().grammar_field
+    def tools_field(self) -> str:
+        """The name under which the client gave its tools."""
+        return "functions" if self.functions else "tools"

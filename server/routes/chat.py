@@ -54,11 +54,19 @@ async def create_chat_completion(request: HTTPRequest) -> Response:
     record: RequestRecord = request.state.record
     model = service.require()
     read = await read_request(request, lambda body: read_chat(body, service, model, record))
-    await check_grammar(model, read.constraint.grammar, read.asked.grammar_field)
+    await _check_constraint(model, read)
     # Whatever has changed meanwhile: nothing is handed to an engine that drains or is gone.
     model = service.require()
     generation = _generation(read, request, model, record)
     return _answer(read, generation, model, record)
+
+
+async def _check_constraint(model: ServedModel, read: Read) -> None:
+    """Raises InvalidParameterError that names the field: that of the form, if it is to blame, else that of tools."""
+    constraint = read.constraint
+    await check_grammar(model, constraint.form, read.asked.grammar_field)
+    if constraint.grammar is not constraint.form:
+        await check_grammar(model, constraint.grammar, read.asked.tools_field)
 
 
 def _generation(read: Read, request: HTTPRequest, model: ServedModel, record: RequestRecord) -> Generation | BeamSearch:
