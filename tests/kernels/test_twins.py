@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pronk.kernels import cases, cpu, for_device, reference
 from pronk.kernels.cases import AttentionCase, AttentionInputs, LinearCase, RopeCase, RowsCase
-from pronk.kernels.interface import Kernels, LayerCache
+from pronk.kernels.interface import Kernels, LayerCache, WeightFormat
 
 SETS = {"cpu": cpu, "reference": reference}
 """`reference` in the case's dtype is held to the same bounds: it is what runs where no faster set does."""
@@ -83,6 +84,161 @@ def test_linear(kernels: Kernels, case: LinearCase, dtype: torch.dtype) -> None:
     assert actual.dtype == dtype
     assert_within(actual, expected, cases.linear_bound(x, weight, expected, dtype))
     assert torch.equal(x, kept)
+
+
+SCALED = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
+"""The largest number of each format."""
+
+
+@pytest.mark.parametrize("format", SCALED)
+def test_the_definition_of_packing_is_rounding_to_the_nearest(format: WeightFormat) -> None:
+    """Of a row's, or a group's, numbers over its largest: no number of the format is nearer to any of them."""
+    _, weight = cases.linear_inputs(LinearCase("", 1, 96, 40), torch.float32, seed=12)
+    weight[7] = 0.0
+    weight[8, 3] *= 1e6
+    packed = reference.pack(weight, format)
+    assert packed.scales is not None
+    group = 32 if format == "int4" else 96
+    grouped = weight.view(40, -1, group)
+    scales = packed.scales.view(40, -1)
+    expected = (grouped.abs().amax(-1) / SCALED[format]).clamp(min=torch.finfo(torch.float32).tiny)
+    assert torch.equal(scales, expected)
+    numbers = numbers_of(format)
+    scaled = (grouped / scales.unsqueeze(-1)).double()
+    off = (packed.data.double().view_as(scaled) - scaled).abs()
+    nearest = (scaled.unsqueeze(-1) - numbers).abs().amin(-1)
+    # A quotient may come out a rounding above the largest.
+    assert (off <= nearest + scaled.abs() * cases.FLOAT32_ROUNDOFF).all()
+    assert torch.isin(packed.data.double(), numbers).all()
+    unpacked = reference.unpack(packed)
+    assert unpacked.dtype == torch.float32
+    assert torch.equal(unpacked, (packed.data.float().view_as(grouped) * scales.unsqueeze(-1)).view_as(weight))
+    assert not unpacked[7].any()
+
+
+def numbers_of(format: WeightFormat) -> Tensor:
+    """All numbers of a format, but for int8's -128 and int4's -8, which have no opposite."""
+    if format == "fp8":
+        every = torch.arange(256, dtype=torch.int16).to(torch.uint8).view(torch.float8_e4m3fn).double()
+        return every[every.isfinite()]
+    return torch.arange(-SCALED[format], SCALED[format] + 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("format", "given", "kept"),
+    [
+        ("int8", [127.0, 0.5, 1.5, 2.5, -0.5, -1.5], [127, 0, 2, 2, 0, -2]),
+        ("int4", [-7.0, 0.5, 1.5, 2.5, -2.5, 6.5], [-7, 0, 2, 2, -2, 6]),
+        ("fp8", [448.0, 17.0, 19.0, -17.0, 2.0**-10, 3 * 2.0**-10], [448, 16, 20, -16, 0, 2.0**-8]),
+    ],
+)
+def test_packing_rounds_ties_to_even(format: WeightFormat, given: list[float], kept: list[float]) -> None:
+    weight = F.pad(torch.tensor([given]), (0, 32 - len(given)))
+    packed = reference.pack(weight, format)
+    assert packed.scales is not None
+    assert packed.scales.eq(1.0).all()
+    assert packed.data[0, : len(given)].tolist() == kept
+
+
+@each_set
+@each_dtype
+def test_linear_of_packed_weights(kernels: Kernels, dtype: torch.dtype) -> None:
+    """In every format that a set has, the product is that of the numbers that the packed ones stand for."""
+    x, weight = cases.linear_inputs(LinearCase("", 17, 96, 40), dtype, seed=13)
+    for format in kernels.WEIGHT_FORMATS:
+        packed = kernels.pack(weight, format)
+        assert (packed.out_features, packed.in_features, packed.format) == (40, 96, format)
+        numbers = reference.unpack(reference.pack(weight, format))
+        expected = x.double() @ numbers.double().t()
+        assert_within(kernels.linear(x, packed), expected, cases.linear_bound(x, numbers, expected, dtype))
+
+
+@each_set
+def test_packing_says_how_large_it_is(kernels: Kernels) -> None:
+    weight = torch.ones(64, 128, dtype=torch.bfloat16)
+    for format in kernels.WEIGHT_FORMATS:
+        packed = kernels.pack(weight, format)
+        scales = {"plain": 0, "int8": 4 * 64, "fp8": 4 * 64, "int4": 4 * 64 * 128 // 32}[format]
+        assert packed.nbytes == packed.data.nbytes + scales
+
+
+@each_set
+def test_packing_refuses_what_a_set_has_not(kernels: Kernels) -> None:
+    for format in set(get_args(WeightFormat)) - set(kernels.WEIGHT_FORMATS):
+        with pytest.raises(ValueError, match="choose"):
+            kernels.pack(torch.ones(8, 64), format)
+    if "int4" in kernels.WEIGHT_FORMATS:
+        with pytest.raises(ValueError, match="multiple of 32"):
+            kernels.pack(torch.ones(8, 48), "int4")
+
+
+@each_set
+@each_dtype
+def test_linear_silu_mul_is_the_two_one_after_the_other(kernels: Kernels, dtype: torch.dtype) -> None:
+    """To the bit, with the rounding in between."""
+    x, weight = cases.linear_inputs(LinearCase("", 17, 96, 2 * 21), dtype, seed=14)
+    for format in kernels.WEIGHT_FORMATS:
+        packed = kernels.pack(weight, format)
+        actual = kernels.linear_silu_mul(x, packed)
+        assert actual.dtype == dtype
+        assert actual.shape == (17, 21)
+        assert torch.equal(actual, kernels.silu_mul(kernels.linear(x, packed)))
+
+
+@each_set
+@each_dtype
+def test_linear_rope_and_cache_is_the_two_one_after_the_other(kernels: Kernels, dtype: torch.dtype) -> None:
+    """To the bit, in the caches too, where a negative slot writes nothing."""
+    case = RopeCase("", cases.Heads(64, 2, 3), 16, 33)
+    inputs = cases.rope_inputs(case, dtype, seed=15)
+    x, weight = cases.linear_inputs(LinearCase("", 33, 96, inputs.qkv.shape[1]), dtype, seed=15)
+    slots = inputs.slots.clone()
+    slots[::4] = -1
+    fused, apart = (
+        LayerCache(*(torch.full(inputs.cache_shape, torch.nan, dtype=dtype) for _ in range(2))) for _ in range(2)
+    )
+    packed = kernels.pack(weight)
+    actual = kernels.linear_rope_and_cache(x, packed, inputs.positions, inputs.cos_sin, slots, fused)
+    qkv = kernels.linear(x, packed)
+    assert torch.equal(actual, kernels.rope_and_cache(qkv, inputs.positions, inputs.cos_sin, slots, apart))
+    assert same_bits(fused.keys, apart.keys)
+    assert same_bits(fused.values, apart.values)
+    written = fused.values.isfinite().all(-1).all(1).flatten().nonzero().flatten()
+    assert torch.equal(written, slots[slots >= 0].sort().values)
+
+
+@each_set
+@each_dtype
+def test_linear_argmax(kernels: Kernels, dtype: torch.dtype) -> None:
+    x, weight = cases.linear_inputs(LinearCase("", 33, 96, 1000), dtype, seed=16)
+    packed = kernels.pack(weight)
+    ids, largest = kernels.linear_argmax(x, packed)
+    assert (ids.dtype, largest.dtype) == (torch.int64, torch.float32)
+    for row, index, value in zip(kernels.linear(x, packed).tolist(), ids.tolist(), largest.tolist(), strict=True):
+        assert value == max(row)
+        assert index == row.index(value)
+
+
+@each_set
+def test_linear_argmax_of_equals_and_of_what_is_not_finite(kernels: Kernels) -> None:
+    """Equal is what rounding to the dtype makes equal, and infinite what it makes infinite."""
+    weight = torch.zeros(70, 64)
+    weight[[9, 5, 61], 0] = 1.0
+    weight[[20, 30], 1] = 2048.0
+    weight[30, 4] = 0.5  # 2048.5 is 2048 in float16
+    weight[40, 2], weight[69, 3] = 60000.0, -60000.0
+    x = torch.zeros(7, 64)
+    x[0, 0] = 3.0
+    x[1, [1, 4]] = 1.0
+    x[2, 2] = 1.0
+    x[3, 2] = 2.0
+    x[4, 3] = 2.0
+    x[5, 0] = torch.nan
+    x[6, 0] = torch.inf
+    ids, largest = kernels.linear_argmax(x.half(), kernels.pack(weight.half()))
+    assert ids.tolist() == [5, 20, 40, -1, -1, -1, -1]
+    assert largest[:5].tolist() == [3.0, 2048.0, 60000.0, torch.inf, 0.0]
+    assert largest[5:].isnan().all()
 
 
 @each_set
