@@ -174,7 +174,6 @@ class _Answer:
         if not (at_end and self._between_calls):
             self.content("".join(self.held[:-1]))
         self.held.clear()
-        self._between_calls = False
 
     def begin(self, name: str, arguments: str) -> None:
         self._left_out = self.num_calls > 0 and not self._parallel
