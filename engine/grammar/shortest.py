@@ -1,0 +1,231 @@
+"""Short completions: what may still have to be written, at least, before a text is complete.
+
+A search over single bytes, by a grammar's state over a vocabulary of bytes: a byte costs microseconds there, and any
+token is a run of bytes. What it finds completes the text, always; that nothing shorter would is likely and not proven.
+
+Beside the 256 bytes, a symbol may be a special token: symbol 256 is the one with the lowest id.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import llguidance
+
+from pronk.engine.grammar.place import CLOSE_ARRAY, CLOSE_OBJECT, COMMA, QUOTE, JSONPlace
+from pronk.engine.tokenizer import Vocabulary
+
+NUM_BYTES = 256
+_LONGEST_TOKEN = 16  # bytes; longer ones, of white space above all, are not worth the time
+_FEW = 32
+_LONGEST_TEXT = 1 << 18
+
+# Of several bytes that may come next: what ends something, what is short, what begins something, what is odd.
+_ORDER = b"}])0123456789\"aebcdfghijklmnopqrstuvwxyz[ABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;-_/{+*!?@#$%&'()<=>^`|~ \n\t\r\\"
+_RANK = {byte: rank for rank, byte in enumerate(dict.fromkeys(_ORDER))}
+# In a string that must go on, letters make the fewest tokens.
+_FILL = b"aeb0123456789"
+_OTHERS = 4
+
+
+class Work:
+    """How many steps a search may take."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+
+class ByteTokenizer:
+    """The library's tokenizer of single bytes and the special tokens, and how tokens are spelled in it."""
+
+    def __init__(self, vocabulary: Vocabulary, eos_token_ids: Sequence[int]) -> None:
+        self._ranks = {token: rank for rank, token in enumerate(vocabulary.ranks) if len(token) <= _LONGEST_TOKEN}
+        specials = sorted(vocabulary.special_tokens.items(), key=lambda item: item[1])
+        self._symbols = {token_id: NUM_BYTES + place for place, (_, token_id) in enumerate(specials)}
+        self._tokens = [token_id for _, token_id in specials]
+        self._vocabulary = vocabulary
+        wrapped = llguidance.TokenizerWrapper(_Bytes([name for name, _ in specials]))
+        ends = [self._symbols[token_id] for token_id in eos_token_ids if token_id in self._symbols]
+        ends = ends or [NUM_BYTES + len(specials)]
+        self.end = ends[0]
+        """The symbol that ends a text."""
+        self.tokenizer = llguidance.LLTokenizer(wrapped, eos_token=ends, slices=[])
+
+    def symbols(self, token_id: int) -> list[int]:
+        """How a token is spelled."""
+        if token_id in self._symbols:
+            return [self._symbols[token_id]]
+        return list(self._vocabulary.token_bytes(token_id))
+
+    def beginnings(self, symbols: Sequence[int]) -> list[tuple[int, int]]:
+        """-> (token, number of symbols) of all tokens with which the symbols begin."""
+        if symbols and symbols[0] >= NUM_BYTES:
+            return [(self._tokens[symbols[0] - NUM_BYTES], 1)]
+        found = []
+        for end in range(1, min(len(symbols), _LONGEST_TOKEN) + 1):
+            if symbols[end - 1] >= NUM_BYTES:
+                break
+            token = self._ranks.get(bytes(symbols[:end]))
+            if token is not None:
+                found.append((token, end))
+        return found
+
+    def costs(self, symbols: Sequence[int]) -> list[int]:
+        """-> of each rest of the symbols, the whole and the empty one included, the tokens that spell it, at least."""
+        count = len(symbols)
+        costs = [0] * (count + 1)
+        # A special token's symbol is no byte: whatever spans it is no ordinary token.
+        text = "".join(map(chr, symbols)).encode("latin-1", "replace")
+        special = next((place for place, symbol in enumerate(symbols) if symbol >= NUM_BYTES), None)
+        for start in range(count - 1, -1, -1):
+            best = costs[start + 1] + 1  # each byte is a token
+            for end in range(start + 2, min(count, start + _LONGEST_TOKEN) + 1):
+                if costs[end] + 1 < best and text[start:end] in self._ranks:
+                    if special is not None and any(symbol >= NUM_BYTES for symbol in symbols[start:end]):
+                        break
+                    best = costs[end] + 1
+            costs[start] = best
+        return costs
+
+
+class _Bytes:
+    """What the library asks of a tokenizer."""
+
+    def __init__(self, special_tokens: Sequence[str]) -> None:
+        names = [*special_tokens, "<|no_other_end|>"]
+        self.tokens = [bytes([byte]) for byte in range(NUM_BYTES)] + [name.encode(errors="replace") for name in names]
+        self.special_token_ids = list(range(NUM_BYTES, len(self.tokens)))
+        self.eos_token_id = self.special_token_ids[-1]
+        self.bos_token_id = None
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return list(text if isinstance(text, bytes) else text.encode())
+
+
+def shortest(
+    state: llguidance.LLMatcher, place: JSONPlace | None, hints: Sequence[Sequence[int]], work: Work
+) -> list[int] | None:
+    """The shortest completion that is found: at each point where the text could go on in several ways, each is tried,
+    and completed by `closing`.
+
+    -> its symbols; None when none is found.
+    """
+    best = closing(state, place, hints, work, _LONGEST_TEXT)
+    state, place = state.deep_copy(), place.copy() if place else None
+    done: list[int] = []
+    while work.left > 0 and not state.is_accepting():
+        ways = _ways(state, place, hints, work)
+        if len(ways) > 1:
+            for way in ways:
+                limit = (len(best) if best is not None else _LONGEST_TEXT) - len(done) - len(way) - 1
+                child, child_place = state.deep_copy(), place.copy() if place else None
+                _take(child, child_place, way)
+                rest = None if limit < 0 else closing(child, child_place, hints, work, limit)
+                if rest is not None:
+                    best = [*done, *way, *rest]
+        if best is None and len(ways) != 1:
+            return None
+        following = ways[0] if best is None else best[len(done) : len(done) + 1]
+        _take(state, place, following)
+        done += following
+    return done if state.is_accepting() and (best is None or len(done) < len(best)) else best
+
+
+def _take(state: llguidance.LLMatcher, place: JSONPlace | None, symbols: Sequence[int]) -> None:
+    state.consume_tokens(list(symbols))
+    if place:
+        place.feed(symbols)
+
+
+def _ways(
+    state: llguidance.LLMatcher, place: JSONPlace | None, hints: Sequence[Sequence[int]], work: Work
+) -> list[list[int]]:
+    """How the text may go on: by symbols after which different ones may follow, and by hints."""
+    mask = state.compute_bitmask()
+    symbols = _symbols(mask)
+    at_once = symbols[0] if len(symbols) == 1 else _at_once(mask, place)
+    if at_once is not None:
+        return [[at_once]]
+    if len(symbols) <= _FEW:
+        return [[symbol] for symbol in symbols]
+    by_next: dict[bytes, int] = {}
+    for symbol in symbols:
+        work.left -= 1
+        child = state.deep_copy()
+        if child.consume_token(symbol):
+            by_next.setdefault(child.compute_bitmask(), symbol)
+    ways = [[symbol] for symbol in by_next.values()]
+    return ways + [list(hint) for hint in hints if state.validate_tokens(list(hint)) == len(hint)]
+
+
+def closing(
+    state: llguidance.LLMatcher,
+    place: JSONPlace | None,
+    hints: Sequence[Sequence[int]],
+    work: Work,
+    limit: int,
+) -> list[int] | None:
+    """A completion of at most `limit` symbols that ends each thing as soon as it can; None when it comes to no end."""
+    state, place = state.deep_copy(), place.copy() if place else None
+    done: list[int] = []
+    # A state that comes again is left in another way each time, until something ends.
+    seen: dict[bytes, int] = {}
+    while not state.is_accepting():
+        work.left -= 1
+        mask = state.compute_bitmask()
+        symbols = _symbols(mask)
+        if not symbols or len(done) >= limit or work.left < 0:
+            return None
+        following = [symbols[0]]
+        if len(symbols) == 1:
+            following = list(state.compute_ff_bytes()) or following
+        elif (at_once := _at_once(mask, place)) is not None:
+            seen.clear()
+            following = [at_once]
+        else:
+            visit = seen.get(mask, 0)
+            seen[mask] = visit + 1
+            following = _nth_way(state, symbols, hints, visit)
+        if not state.consume_tokens(following):
+            return None
+        if place:
+            place.feed(following)
+        done += following
+    return done if len(done) <= limit else None
+
+
+def _nth_way(
+    state: llguidance.LLMatcher, symbols: Sequence[int], hints: Sequence[Sequence[int]], visit: int
+) -> list[int]:
+    """The way that is taken on the n-th visit of a state. Where much can follow, as in a string that has to go on: a
+    letter, then the hints, then letters again and now and then something else."""
+    if len(symbols) <= _FEW:
+        return [symbols[visit % len(symbols)]]
+    if 1 <= visit <= len(hints):
+        hint = list(hints[visit - 1])
+        if state.validate_tokens(hint) == len(hint):
+            return hint
+    elif visit % _OTHERS == _OTHERS - 1:
+        return [symbols[visit // _OTHERS % len(symbols)]]
+    return [next((byte for byte in _FILL if byte in symbols), symbols[0])]
+
+
+@functools.lru_cache(4096)
+def _symbols(mask: bytes) -> tuple[int, ...]:
+    """Those that may come next, the one to be preferred first."""
+    bits = int.from_bytes(mask, "little")
+    found = []
+    while bits:
+        low = bits & -bits
+        found.append(low.bit_length() - 1)
+        bits ^= low
+    return tuple(sorted(found, key=lambda symbol: _RANK.get(symbol, len(_RANK) + symbol)))
+
+
+def _at_once(mask: bytes, place: JSONPlace | None) -> int | None:
+    """What is taken without a look at the others: in JSON, whatever ends a string, an object, an array or an item."""
+    if place is None:
+        return None
+    ends = (QUOTE,) if place.in_string else (CLOSE_OBJECT, CLOSE_ARRAY, COMMA)
+    return next((end for end in ends if mask[end >> 3] >> (end & 7) & 1), None)
