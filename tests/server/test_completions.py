@@ -192,6 +192,37 @@ async def test_logprobs_without_echo(client: Client) -> None:
     assert [list(top) for top in logprobs["top_logprobs"]] == [[name] for name in logprobs["tokens"]]
 
 
+async def test_scores_come_before_an_answer_whose_text_is_not_certain_yet(client: Client) -> None:
+    """The first choice's first token is half a character; the others have the prompt's scores all the same."""
+    fields: dict[str, Any] = {"prompt": [97, 0xA9, 0xC3], "echo": True, "logprobs": 1, "n": 3}
+    whole = (await complete(client, **fields)).json["choices"]
+    assert [choice["text"] for choice in whole] == ["a\ufffd\ufffdéa"] * 3
+    assert folded(await complete(client, **fields, stream=True)) == whole
+
+
+async def test_a_prompt_of_one_token_has_nothing_to_score(client: Client) -> None:
+    for stream in (False, True):
+        reply = await complete(client, prompt=[97], echo=True, logprobs=1, max_tokens=0, stream=stream)
+        (choice,) = folded(reply) if stream else reply.json["choices"]
+        assert choice["logprobs"] == {
+            "tokens": ["a"], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0],
+        }  # fmt: skip
+
+
+async def test_what_cannot_be_is_a_number_too(connect: Connect) -> None:
+    entry = TokenLogprobs(float("-inf"), [97], [float("-inf")])
+    script = [
+        Output(request_id="", prompt_logprobs=[entry]),
+        Output(request_id="", token_ids=[97], logprobs=[entry], finish_reason="stop"),
+    ]
+    client = connect(FakeEngine(lambda request: script))
+    fields: dict[str, Any] = {"prompt": [97, 97], "echo": True, "logprobs": 1, "prompt_logprobs": 1}
+    (choice,) = (await complete(client, **fields)).json["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -9999, -9999]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"a": -9999}, {"a": -9999}]
+    assert choice["prompt_logprobs"][1]["97"]["logprob"] == -9999
+
+
 @given(st.text(max_size=12), st.booleans())
 def test_offsets_are_where_tokens_begin(text: str, skip: bool) -> None:
     tokens = [BEGIN, *text.encode()]
