@@ -1,4 +1,4 @@
-"""Texts and chats to tokens and back: POST /tokenize and /detokenize; and the prompts of requests: render."""
+"""Texts and chats to tokens and back: /tokenize, /detokenize, /tokenizer_info; and prompts of requests: render."""
 
 from __future__ import annotations
 
@@ -85,6 +85,25 @@ def _detokenize(body: bytes, service: Service, model: ServedModel) -> Response:
     if not all(0 <= token < size for token in asked.tokens):
         raise APIError(f"tokens holds ids outside 0..{size - 1}.", INVALID_VALUE, "tokens")
     return _json({"prompt": model.tokenizer.decode(asked.tokens, skip_special_tokens=False)})
+
+
+@router.get("/tokenizer_info", summary="The tokenizer")
+async def tokenizer_info(request: HTTPRequest) -> Response:
+    """What clients that count tokens ask: the spellings of special tokens, and sizes."""
+    service: Service = request.app.state.service
+    model = service.require()
+    ends = [_text_of(model, token) for token in model.engine.info.eos_token_ids]
+    return _json(
+        {
+            "tokenizer_class": "Tokenizer",
+            "vocab_size": model.tokenizer.vocab_size,
+            "model_max_length": model.engine.info.max_model_len,
+            "bos_token": _text_of(model, model.tokenizer.bos_id),
+            "eos_token": ends[0] if ends else None,
+            "pad_token": None,
+            "eos_tokens": ends,
+        }
+    )
 
 
 @router.post(

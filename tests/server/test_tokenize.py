@@ -76,6 +76,16 @@ async def test_the_way_back(connect: Connect) -> None:
         assert (await post(client, "/detokenize", tokens=tokens)).json == {"prompt": text}
 
 
+async def test_the_tokenizer(connect: Connect) -> None:
+    told = (await connect().call("GET", "/tokenizer_info")).json
+    assert (told["bos_token"], told["eos_token"], told["eos_tokens"]) == (
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        ["<|eot_id|>"],
+    )
+    assert (told["vocab_size"], told["model_max_length"]) == (512, CONTEXT)
+
+
 async def test_prompts_of_completions(connect: Connect) -> None:
     client = connect()
     reply = await post(client, "/v1/completions/render", model="tiny", prompt=["ab", "c"], truncate_prompt_tokens=2)
