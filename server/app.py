@@ -18,6 +18,7 @@ from starlette.responses import Response
 import pronk
 from pronk.server.auth import Auth, Keys
 from pronk.server.config import ServerConfig
+from pronk.server.cors import Cors
 from pronk.server.envelope import Envelope
 from pronk.server.errors import OTHER_REFUSAL, UNKNOWN_ROUTE, WRONG_METHOD, APIError, body_of
 from pronk.server.metrics import Metrics
@@ -59,7 +60,7 @@ def create_app(service: Service, config: ServerConfig, *, registry: CollectorReg
     app.add_exception_handler(HTTPException, _refuse)
     # The last one added is the outermost.
     app.add_middleware(Auth, keys=Keys(config.api_keys))
-    app.add_middleware(Envelope, ended=app.state.metrics.ended)
+    app.add_middleware(Envelope, ended=app.state.metrics.ended, cors=Cors(config.allowed_origins))
     return app
 
 

@@ -5,6 +5,7 @@ Knows no argument parser: `cli` reads the flags, their help and their environmen
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from pronk.engine.errors import ConfigError
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_BODY_BYTES = 8 << 20
 EMBEDDED_MODEL = "cria"
+# As browsers write it: no path, not even a slash. Extensions have schemes of their own, and a local file is "null".
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/\s,]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,32 @@ class ServerConfig:
         "names under which clients ask for the model, separated by commas (default: the Hub id, or the folder's name)",
         flag="--served-model-name",
         metavar="NAME[,NAME]",
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (),
+        "origins of web pages that may ask, separated by commas, as in http://localhost:3000; * for every page "
+        "(default: none)",
+        flag="--allowed-origins",
+        metavar="ORIGIN[,ORIGIN]",
+    )
+    max_waiting: int = option(
+        1024,
+        "requests that may wait for their first token, each answer that one asks for counted; another gets 429 and "
+        "is told to come again",
+        flag="--max-waiting",
+    )
+    keep_alive: float = option(
+        15.0,
+        "seconds after which a stream that has nothing to say sends a comment, so that nothing on the way closes it; "
+        "0 sends none",
+        flag="--keep-alive",
+        metavar="SECONDS",
+    )
+    stream_timeout: float = option(
+        300.0,
+        "seconds after which a client that has an answer waiting for it and reads nothing of it is dropped",
+        flag="--stream-timeout",
+        metavar="SECONDS",
     )
     shutdown_timeout: float = option(
         60.0,
@@ -58,6 +87,15 @@ class ServerConfig:
             raise ConfigError(f"--port {self.port}: choose one from 1 to 65535, or 0 for a free one")
         if not 0 <= self.shutdown_timeout <= 86400:
             raise ConfigError(f"--shutdown-timeout {self.shutdown_timeout:g}: choose 0 to 86400 seconds")
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"--allowed-origins {origin}: write http://HOST or http://HOST:PORT, or *")
+        if self.max_waiting < 1:
+            raise ConfigError(f"--max-waiting {self.max_waiting}: choose 1 or more")
+        if not 0 <= self.keep_alive <= 3600:
+            raise ConfigError(f"--keep-alive {self.keep_alive:g}: choose 0 to 3600 seconds")
+        if not 1 <= self.stream_timeout <= 86400:
+            raise ConfigError(f"--stream-timeout {self.stream_timeout:g}: choose 1 to 86400 seconds")
         if self.max_stored_responses < 0:
             raise ConfigError(f"--max-stored-responses {self.max_stored_responses}: choose 0 or more")
         if self.log_level not in LOG_LEVELS:

@@ -1,6 +1,7 @@
 """What surrounds every request, whatever its route: an id, a record, headers, the answer to an error, one log line.
 
-A pure ASGI layer, the outermost; bodies pass through it untouched. Knows no route by name and no field.
+A pure ASGI layer, the outermost. It leaves the server's own `send` in `scope["state"]["send_body"]`: what follows an
+answer's start can go there straight, past this layer and all others. Knows no route by name and no field.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Protocol
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pronk.engine.errors import PronkError
-from pronk.server.errors import INTERNAL, Answer, answer_of, body_of, error_body, headers_of
+from pronk.server.cors import Cors
+from pronk.server.errors import INTERNAL, INTERNAL_MESSAGE, Answer, answer_of, body_of, error_body, headers_of
 from pronk.server.record import CLIENT_CLOSED_REQUEST, RequestRecord
-from pronk.server.streaming import INTERNAL_MESSAGE, ClientDisconnectedError
+from pronk.server.shapes import timings_of
+from pronk.server.streaming import ClientDisconnectedError
 
 logger = logging.getLogger(__name__)
 
@@ -31,21 +34,24 @@ class Ended(Protocol):
 class Envelope:
     """ASGI: leaves the request's record in `scope["state"]["record"]`, and tells `ended` when it is over."""
 
-    def __init__(self, app: ASGIApp, ended: Ended) -> None:
+    def __init__(self, app: ASGIApp, ended: Ended, cors: Cors) -> None:
         self.app = app
         self.ended = ended
+        self.cors = cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         record = RequestRecord(_request_id(scope))
-        scope.setdefault("state", {})["record"] = record
+        state = scope.setdefault("state", {})
+        state["record"], state["send_body"] = record, send
+        for_pages = self.cors.headers(scope["headers"])
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                message["headers"] = [*message.get("headers", ()), *_headers(record)]
+                message["headers"] = [*message.get("headers", ()), *_headers(record), *for_pages]
             await send(message)
 
         try:
@@ -58,7 +64,12 @@ class Envelope:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         try:
-            await self.app(scope, receive, send)
+            preflight = self.cors.preflight(scope["method"], scope["headers"])
+            if preflight is not None:
+                await send({"type": "http.response.start", "status": 204, "headers": preflight})
+                await send({"type": "http.response.body"})
+            else:
+                await self.app(scope, receive, send)
         except ClientDisconnectedError:
             logger.debug("%s: the client left", record.request_id)
         except PronkError as error:
@@ -114,7 +125,7 @@ def _log(record: RequestRecord, scope: Scope) -> None:
         return
     first = record.time_to_first_token
     logger.info(
-        "%s: %s %s, %d prompt tokens (%d cached), %d completion tokens, first after %s, %.3f s",
+        "%s: %s %s, %d prompt tokens (%d cached), %d completion tokens, first after %s, %s",
         record.request_id,
         record.status,
         record.outcome,
@@ -122,5 +133,17 @@ def _log(record: RequestRecord, scope: Scope) -> None:
         record.cached_tokens,
         record.completion_tokens,
         "-" if first is None else f"{first:.3f} s",
-        time.perf_counter() - record.arrived,
+        _times(record),
+    )
+
+
+def _times(record: RequestRecord) -> str:
+    """The whole time, and the parts that sum up to it."""
+    told = timings_of(record)
+    if told is None:
+        return f"{time.perf_counter() - record.arrived:.3f} s"
+    return (
+        f"{told['total']:.3f} s: server {told['server']:.3f}, queue {told['queue']:.3f}, "
+        f"prefill {told['prefill']:.3f} ({told['prompt_tokens_computed']} tokens computed), "
+        f"decode {told['decode']:.3f} ({told['steps']} steps in all, {told['preemptions']} preemptions)"
     )

@@ -26,6 +26,7 @@ from pronk.engine.errors import (
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 RETRY_AFTER_SECONDS = 5
+INTERNAL_MESSAGE = "The server met an error of its own; its log has the details."
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Answer:
 
     reason: the `reason` label in `request_rejections_total`; empty: the error is not a refusal but a failure.
     retry_after: seconds after which trying again makes sense; None: it does not.
+    message: told instead of the error's own, which is for the operator: it may hold a path or a traceback.
     """
 
     status: int
@@ -41,6 +43,7 @@ class Answer:
     code: str | None
     reason: str = "invalid"
     retry_after: int | None = None
+    message: str | None = None
 
 
 class APIError(PronkError):
@@ -50,6 +53,10 @@ class APIError(PronkError):
         super().__init__(message)
         self.answer = answer
         self.param = param
+
+
+class QueueFullError(PronkError):
+    """As many requests wait as may."""
 
 
 class NotReadyError(PronkError):
@@ -75,20 +82,31 @@ BODY_TIMEOUT = Answer(408, INVALID_REQUEST, "body_timeout")
 OTHER_REFUSAL = Answer(400, INVALID_REQUEST, None)
 INTERNAL = Answer(500, SERVER_ERROR, "internal_error", reason="")
 
+_DID_NOT_START = Answer(
+    503,
+    SERVER_ERROR,
+    "engine_down",
+    reason="engine_down",
+    message="The engine did not start; the server's log says why.",
+)
+
 # The most special class wins: a class that is not listed is answered as its nearest listed base.
 ANSWERS: dict[type[PronkError], Answer] = {
     PronkError: INTERNAL,
     RequestError: INVALID_VALUE,
     InvalidParameterError: INVALID_VALUE,
     ContextLengthError: Answer(400, INVALID_REQUEST, "context_length_exceeded", reason="context_length"),
+    QueueFullError: Answer(
+        429, "rate_limit_error", "rate_limit_exceeded", reason="queue_full", retry_after=RETRY_AFTER_SECONDS
+    ),
     NonFiniteLogitsError: Answer(500, SERVER_ERROR, "nonfinite_logits", reason=""),
     RequestFailedError: Answer(500, SERVER_ERROR, "request_failed", reason=""),
     NotReadyError: Answer(503, SERVER_ERROR, "loading", reason="loading", retry_after=RETRY_AFTER_SECONDS),
     EngineDrainingError: Answer(503, SERVER_ERROR, "draining", reason="draining", retry_after=RETRY_AFTER_SECONDS),
     EngineDeadError: Answer(503, SERVER_ERROR, "engine_down", reason="engine_down", retry_after=RETRY_AFTER_SECONDS),
-    EngineStartError: Answer(503, SERVER_ERROR, "engine_down", reason="engine_down"),
-    CheckpointError: Answer(503, SERVER_ERROR, "engine_down", reason="engine_down"),
-    ConfigError: Answer(503, SERVER_ERROR, "engine_down", reason="engine_down"),
+    EngineStartError: _DID_NOT_START,
+    CheckpointError: _DID_NOT_START,
+    ConfigError: _DID_NOT_START,
 }
 
 
@@ -99,6 +117,11 @@ def answer_of(error: PronkError) -> Answer:
     return next(ANSWERS[kind] for kind in type(error).__mro__ if kind in ANSWERS)
 
 
+def message_of(error: PronkError) -> str:
+    """-> the sentence that a client reads. Only what was raised on purpose is shown: it may name a field."""
+    return answer_of(error).message or str(error)
+
+
 def error_body(message: str, answer: Answer, param: str | None = None) -> bytes:
     """-> OpenAI's error object as JSON."""
     error = {"message": message, "type": answer.type, "param": param, "code": answer.code}
@@ -106,15 +129,21 @@ def error_body(message: str, answer: Answer, param: str | None = None) -> bytes:
 
 
 def body_of(error: PronkError) -> bytes:
-    """-> what a client reads about `error`. Only what was raised on purpose is shown: a message may name a field."""
-    return error_body(str(error), answer_of(error), getattr(error, "param", None))
+    """-> what a client reads about `error`."""
+    return error_body(message_of(error), answer_of(error), getattr(error, "param", None))
 
 
 def headers_of(answer: Answer) -> dict[str, str]:
-    """-> the headers that come with `answer`, beside the content type."""
+    """-> the headers that come with `answer`, beside the content type.
+
+    OpenAI's clients obey x-should-retry: without it they send a request three times to get the same 500 three times.
+    """
     headers = {}
     if answer.retry_after is not None:
         headers["retry-after"] = str(answer.retry_after)
+        headers["x-should-retry"] = "true"
+    elif answer.status >= 500:
+        headers["x-should-retry"] = "false"
     if answer.status == 401:
         headers["www-authenticate"] = "Bearer"
     return headers

@@ -114,7 +114,7 @@ class Server:
         self._config = config
         self._listener = listener
         self._load = load
-        self._service = Service(config.model_names)
+        self._service = Service(config.model_names, max_waiting=config.max_waiting)
         self._app = create_app(self._service, config)
         self._signals = Signals()
         self._http = HTTPServer(

@@ -24,7 +24,7 @@ from pronk.server.service import Engine, Phase, Service
 
 PREFIX = "pronk_"
 OUTCOMES = ("stop", "length", "client_abort", "error")
-REJECTIONS = ("loading", "draining", "engine_down", "body_too_large", "context_length", "invalid", "auth")
+REJECTIONS = ("loading", "draining", "engine_down", "queue_full", "body_too_large", "context_length", "invalid", "auth")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 # Supersets of the boundaries that OpenTelemetry's conventions for generative AI recommend.

@@ -18,7 +18,7 @@ from pronk.engine.request import Grammar, Output, Request
 from pronk.engine.tokenizer import Tokenizer, Vocabulary
 from pronk.engine.wire import EngineInfo, EngineStats, Step
 from pronk.server.chat.template import ChatTemplate, normalise
-from pronk.server.errors import NotReadyError
+from pronk.server.errors import RETRY_AFTER_SECONDS, NotReadyError, QueueFullError
 
 
 class Engine(Protocol):
@@ -27,6 +27,9 @@ class Engine(Protocol):
     info: EngineInfo
     stats: EngineStats
     error: EngineDeadError | None
+
+    @property
+    def num_requests(self) -> int: ...
 
     def generate(self, request: Request) -> AsyncIterator[Output]: ...
 
@@ -76,9 +79,13 @@ class Phase(Enum):
 class Service:
     """The one thing that changes in a server's life; every route is handed it."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
-        """names: those that clients may ask for the model by; answers carry the first."""
+    def __init__(self, names: tuple[str, ...], *, max_waiting: int | None = None) -> None:
+        """names: those that clients may ask for the model by; answers carry the first.
+
+        max_waiting: answers that may wait for their first step; None: any number.
+        """
         self.names = names
+        self._max_waiting = max_waiting
         self.model: ServedModel | None = None
         self._draining = False
         self._failure: PronkError | None = None
@@ -118,3 +125,18 @@ class Service:
         if self.model is None:
             raise NotReadyError("The model is still loading: try again in a few seconds.")
         return self.model
+
+    def admit(self, num_answers: int = 1) -> ServedModel:
+        """Like `require`, for a request that is about to be handed to the engine. Raises also QueueFullError.
+
+        A request that asks for more answers than may ever wait is let in when nobody waits.
+        """
+        model = self.require()
+        # The engine's figures are those of its last step; what was handed over since then waits as well.
+        waiting = max(0, model.engine.num_requests - model.engine.stats.num_running)
+        if self._max_waiting is not None and waiting and waiting + num_answers > self._max_waiting:
+            raise QueueFullError(
+                f"Rate limit reached: {waiting} requests are waiting already. "
+                f"Please try again in {RETRY_AFTER_SECONDS} seconds."
+            )
+        return model

@@ -56,7 +56,7 @@ async def create_chat_completion(request: HTTPRequest) -> Response:
     read = await read_request(request, lambda body: read_chat(body, service, model, record))
     await _check_constraint(model, read)
     # Whatever has changed meanwhile: nothing is handed to an engine that drains or is gone.
-    model = service.require()
+    model = service.admit(read.asked.num_choices)
     generation = _generation(read, request, model, record)
     return _answer(read, generation, model, record)
 

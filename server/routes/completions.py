@@ -54,7 +54,7 @@ async def create_completion(request: HTTPRequest) -> Response:
     asked = read.asked
     await check_grammar(model, read.params.grammar, asked.grammar_field)
     # Whatever has changed meanwhile: nothing is handed to an engine that drains or is gone.
-    model = service.require()
+    model = service.admit(len(read.prompts) * asked.num_made)
     generation = _generation(read, request, model, record)
     head = Head(generation.request_id, int(time.time()), asked.model)
     wanted = Wanted(

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import pronk
-from pronk.server.errors import RETRY_AFTER_SECONDS
+from pronk.server.errors import RETRY_AFTER_SECONDS, message_of
 from pronk.server.service import Phase, Service
 
 router = APIRouter()
@@ -29,7 +29,7 @@ async def health(request: Request) -> Response:
     phase = service.phase
     body = {"status": phase.value}
     if service.failure is not None:
-        body["reason"] = str(service.failure)
+        body["reason"] = message_of(service.failure)
     if phase is Phase.READY:
         return Response(msgspec.json.encode(body), 200, media_type="application/json")
     headers = {"retry-after": str(RETRY_AFTER_SECONDS)}

@@ -73,7 +73,7 @@ async def create_response(request: HTTPRequest) -> Response:
     model = service.require()
     asked, read, params = await read_request(request, lambda body: _read(body, request, model))
     await check_grammar(model, read.grammar, NAMES["structured_outputs"])
-    model = service.require()
+    model = service.admit()
     if asked.background:  # its own record: this HTTP request ends before the work does
         record = RequestRecord(request_id=record.request_id)
     response_id = new_id("resp")

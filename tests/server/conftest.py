@@ -27,7 +27,7 @@ def connect() -> Connect:
     ) -> Client:
         engine = engine or FakeEngine()
         settings = ServerConfig(**{"served_model_names": ("tiny", "meta/tiny"), **config})
-        service = Service(settings.model_names)
+        service = Service(settings.model_names, max_waiting=settings.max_waiting)
         app = create_app(service, settings)
         if ready:
             app.state.metrics.watch(engine)

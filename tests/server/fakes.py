@@ -114,6 +114,10 @@ class FakeEngine:
         self._listeners: list[Callable[[Step], None]] = []
         self._draining = False
 
+    @property
+    def num_requests(self) -> int:
+        return len(self.running)
+
     def add_stats_listener(self, listener: Callable[[Step], None]) -> None:
         self._listeners.append(listener)
 
@@ -164,7 +168,7 @@ class FakeEngine:
         self.gate.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until it holds, looking whenever a request comes or goes. Raises TimeoutError when it never does."""
+        """Wait until it holds, looking whenever a request comes, goes or has a step. Raises TimeoutError when it never does."""
         async with asyncio.timeout(20):
             while not condition():
                 self._changed.clear()
@@ -177,7 +181,7 @@ class FakeEngine:
     def _step(self, output: Output) -> None:
         old = self.stats
         self.stats = EngineStats(
-            num_running=len(self.running),
+            num_running=len(self.running) - (output.finish_reason is not None),
             blocks_used=len(self.running),
             blocks_total=self.info.num_blocks,
             steps=old.steps + 1,
@@ -186,6 +190,7 @@ class FakeEngine:
             step_tokens=len(output.token_ids),
             step_sequences=1,
         )
+        self._changed.set()
         for listener in self._listeners:
             listener(Step([output], self.stats))
 
