@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pronk.engine.client import check_request
-from pronk.engine.request import Output, Request, SamplingParams, TokenLogprobs
+from pronk.engine.request import Output, Request, SamplingParams, Timing, TokenLogprobs
 from pronk.server.errors import RequestFailedError
 from pronk.server.generation import Answer, Assembler, Delta, failure, recorded
 from pronk.server.record import RequestRecord
@@ -72,6 +72,7 @@ class BeamSearch:
         self._cache_salt = cache_salt
         self._priority = priority
         self._asked = 0
+        self._spent = [Timing(0, 0, 0) for _ in prompts]
         record.prompt_tokens = sum(map(len, prompts))
         ends = frozenset() if params.ignore_eos else model.eos_token_ids
         self._ending_ids = ends | frozenset(params.stop_token_ids)
@@ -81,7 +82,8 @@ class BeamSearch:
         with recorded(self.record):
             for prompt in self._prompts:
                 check_request(self._request("", list(prompt), self._params.max_tokens), self._model.engine.info)
-            found = await all_of([self._search(prompt) for prompt in self._prompts])
+            found = await all_of([self._search(prompt, place) for place, prompt in enumerate(self._prompts)])
+            self.record.timing = self._timing()
             beams = [beam for best in found for beam in best]
             for beam in beams:
                 self.record.count(len(beam.tokens))
@@ -97,34 +99,65 @@ class BeamSearch:
                 answers[delta.index].add(delta)
         return answers
 
-    async def _search(self, prompt: Sequence[int]) -> list[Beam]:
+    async def _search(self, prompt: Sequence[int], place: int) -> list[Beam]:
         room = self._model.engine.info.max_model_len - len(prompt)
         limit = room if self._params.max_tokens is None else self._params.max_tokens
         running, done = [Beam()], list[Beam]()
         for _ in range(limit):
             asked = await all_of([self._next(prompt, beam) for beam in running])
-            grown = sorted((beam for beams in asked for beam in beams), key=lambda beam: -beam.total)
+            self._count(place, [timing for _, timing in asked])
+            grown = sorted((beam for beams, _ in asked for beam in beams), key=lambda beam: -beam.total)
             done += [beam for beam in grown[: 2 * self._width] if beam.ended]
+            done = sorted(done, key=lambda beam: -beam.score(self._length_penalty))[: self._width]
             running = [beam for beam in grown if not beam.ended][: self._width]
-            if not running or self._is_decided(running, done, limit):
+            if not running or self._is_decided(running, done):
                 break
         ranked = sorted([*done, *running], key=lambda beam: -beam.score(self._length_penalty))
         # Where a short limit or a small vocabulary leaves fewer, the last ones stand for the rest.
         return [*ranked, *ranked[-1:] * self._width][: self._width]
 
-    def _is_decided(self, running: Sequence[Beam], done: Sequence[Beam], limit: int) -> bool:
-        """Whether nothing that still runs can come to be among the best, however it goes on."""
+    def _is_decided(self, running: Sequence[Beam], done: Sequence[Beam]) -> bool:
+        """Whether nothing that still runs can come to be among the best, however it goes on.
+
+        With a length penalty above 0, what runs can always win by growing, every further token being certain, up to
+        max_tokens. Where the request has no max_tokens, it is taken as long as it is.
+        """
         if len(done) < self._width:
             return False
         penalty = self._length_penalty
-        worst = sorted((beam.score(penalty) for beam in done), reverse=True)[self._width - 1]
-        longest = limit if penalty > 0 else None
-        return all(beam.score(penalty, longest) <= worst for beam in running)
+        longest = self._params.max_tokens if penalty > 0 else None
+        return all(beam.score(penalty, longest) <= done[-1].score(penalty) for beam in running)
 
-    async def _next(self, prompt: Sequence[int], beam: Beam) -> list[Beam]:
+    def _count(self, place: int, timings: Sequence[Timing]) -> None:
+        """One step of the search is over. It took as long as the slowest of its questions."""
+        spent = self._spent[place]
+        slowest = max(timings, key=lambda timing: timing.queue + timing.prefill + timing.decode)
+        self._spent[place] = Timing(
+            spent.queue + slowest.queue,
+            spent.prefill + slowest.prefill,
+            spent.decode + slowest.decode,
+            spent.steps + sum(timing.steps for timing in timings),
+            spent.preemptions + sum(timing.preemptions for timing in timings),
+            spent.computed_tokens + sum(timing.computed_tokens for timing in timings),
+        )
+
+    def _timing(self) -> Timing:
+        """Times are those of the prompt that took longest, counts those of all."""
+        spent = self._spent
+        longest = max(spent, key=lambda timing: timing.queue + timing.prefill + timing.decode)
+        return Timing(
+            longest.queue,
+            longest.prefill,
+            longest.decode,
+            sum(timing.steps for timing in spent),
+            sum(timing.preemptions for timing in spent),
+            sum(timing.computed_tokens for timing in spent),
+        )
+
+    async def _next(self, prompt: Sequence[int], beam: Beam) -> tuple[list[Beam], Timing]:
         """-> the beam with each of its likeliest next tokens."""
-        scored = await self._ask([*prompt, *beam.tokens], first=not beam.tokens)
-        return [
+        scored, timing = await self._ask([*prompt, *beam.tokens], first=not beam.tokens)
+        grown = [
             Beam(
                 (*beam.tokens, token),
                 (*beam.logprobs, TokenLogprobs(logprob, scored.top_ids, scored.top_logprobs)),
@@ -133,9 +166,10 @@ class BeamSearch:
             )
             for token, logprob in zip(scored.top_ids, scored.top_logprobs, strict=True)
         ]
+        return grown, timing
 
-    async def _ask(self, tokens: list[int], *, first: bool) -> TokenLogprobs:
-        """-> the likeliest next tokens. first: nobody has asked about this prompt before."""
+    async def _ask(self, tokens: list[int], *, first: bool) -> tuple[TokenLogprobs, Timing]:
+        """-> the likeliest next tokens, and what finding them took. first: nobody has asked about this prompt before."""
         self._asked += 1
         request = self._request(f"{self.request_id}-{self._asked}", tokens, 1)
         outputs = self._model.engine.generate(request)
@@ -146,7 +180,7 @@ class BeamSearch:
                 if output.finish_reason in ("error", "abort"):
                     raise failure(output)
                 if output.logprobs:
-                    return output.logprobs[0]
+                    return output.logprobs[0], output.timing or Timing(0, 0, 0)
         finally:
             if isinstance(outputs, AsyncGenerator):
                 await outputs.aclose()

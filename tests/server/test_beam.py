@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pronk.engine.request import Output, Request, SamplingParams, TokenLogprobs
+from pronk.engine.request import Output, Request, SamplingParams, Timing, TokenLogprobs
 from pronk.server.beam import BeamSearch
 from pronk.server.errors import RequestFailedError
 from pronk.server.record import RequestRecord
@@ -39,7 +39,10 @@ def engine_of(seed: int) -> FakeEngine:
         ranked = sorted(distribution(seed, request.prompt).items(), key=lambda item: -item[1])
         ranked = ranked[: request.params.logprobs]
         logprobs = TokenLogprobs(ranked[0][1], [token for token, _ in ranked], [value for _, value in ranked])
-        return [Output(request_id="", token_ids=[ranked[0][0]], logprobs=[logprobs], finish_reason="length")]
+        timing = Timing(0.5, 1.0 + len(request.prompt), 0.25, 1, 0, len(request.prompt))
+        return [
+            Output(request_id="", token_ids=[ranked[0][0]], logprobs=[logprobs], finish_reason="length", timing=timing)
+        ]
 
     return FakeEngine(script)
 
@@ -104,7 +107,7 @@ def test_ending_early_changes_nothing(seed: int, penalty: float) -> None:
     """A search that is cut where nothing can win any more finds what one finds that goes on."""
 
     class Patient(BeamSearch):
-        def _is_decided(self, *args: Any) -> bool:
+        def _is_decided(self, running: Any, done: Any) -> bool:
             return False
 
     def run(kind: type[BeamSearch]) -> tuple[list[list[int]], int]:
@@ -128,6 +131,15 @@ async def test_what_it_leaves_in_the_record() -> None:
     assert record.prompt_tokens == 5
     assert record.completion_tokens == sum(len(answer.token_ids) for answer in answers)
     assert record.outcome in ("stop", "length")
+    # The longer prompt took two steps of one and two questions, the shorter one as many.
+    assert record.timing == Timing(1.0, 4.0 + 5.0, 0.5, 6, 0, 3 + 4 + 4 + 2 + 3 + 3)
+
+
+async def test_without_a_limit_it_ends_all_the_same() -> None:
+    engine = engine_of(2)
+    found = await search(engine, params=SamplingParams(), length_penalty=1.0).collect()
+    assert [answer.finish_reason for answer in found] == ["stop", "stop"]
+    assert len(engine.requests) < 100
 
 
 async def test_a_failure_ends_all() -> None:
