@@ -169,7 +169,7 @@ class BeamSearch:
         return grown, timing
 
     async def _ask(self, tokens: list[int], *, first: bool) -> tuple[TokenLogprobs, Timing]:
-        """-> the likeliest next tokens, and what finding them took. first: nobody has asked about this prompt before."""
+        """-> the likeliest next tokens, and what that took. first: nobody has asked about this prompt before."""
         self._asked += 1
         request = self._request(f"{self.request_id}-{self._asked}", tokens, 1)
         outputs = self._model.engine.generate(request)
