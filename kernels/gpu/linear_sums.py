@@ -9,6 +9,10 @@ BLOCK_K and SEGMENTS belong to the weight (`linear_tiles`). No atomics; no progr
 Products are exact in float32: of two numbers of 16 bits, or of one with an int8, a float8 or an int4, which 16 bits
 hold. The scale of an output multiplies its finished sum.
 
+One thing this rests on that only a GPU can show: tiles of few rows and of many are multiplied by different instructions
+(mma.sync, and from 64 rows on wgmma or tcgen05), which must add a block's products alike. The same tests hold it there
+(pytest -m gpu).
+
 Why parts. Tensor cores add 16 products at a time into an accumulator, about 33 cycles after the 16 before them. One
 chain over K = 8192 takes 17,000 cycles, 9 µs, while the 34 MB of the 1B's down projection can be read in 8. A tile of
 few rows walks its parts at once, each in a warp of its own (AT_ONCE): a quarter of the chain, and four times the bytes

@@ -79,7 +79,7 @@ _PLAIN = (
 )
 _BYTES = (
     Tile(16, 32, 8, 4, most_rows=16, fewest_programs=256, at_once=True),
-    Tile(16, 16, 4, 4, most_rows=16, at_once=True),
+    Tile(16, 16, 4, 5, most_rows=16, at_once=True),
     Tile(32, 16, 4, 4, most_rows=32, at_once=True),
     Tile(64, 64, 4, 4, most_rows=64, fewest_programs=128),
     Tile(64, 32, 4, 5, most_rows=64),
@@ -94,6 +94,7 @@ _FLOAT32 = (
     Tile(16, 32, 4, 3, most_rows=16),
     Tile(64, 32, 4, 3, most_rows=None),
 )
+_INT4_OF_FLOAT32 = (Tile(16, 16, 4, 2, most_rows=None, at_once=True),)
 
 
 def tile_of(num_rows: int, num_outputs: int, format: WeightFormat, dtype: torch.dtype) -> Tile:
@@ -107,10 +108,10 @@ def tile_of(num_rows: int, num_outputs: int, format: WeightFormat, dtype: torch.
 
 
 def _candidates(format: WeightFormat, dtype: torch.dtype) -> tuple[Tile, ...]:
+    if dtype == torch.float32:
+        return _INT4_OF_FLOAT32 if format == "int4" else _FLOAT32
     if format == "int4":
         return _INT4
-    if dtype == torch.float32:
-        return _FLOAT32
     return _PLAIN if format == "plain" else _BYTES
 
 

@@ -135,13 +135,29 @@ def test_a_row_has_the_same_bits_anywhere(
         assert torch.equal(gpu.linear(others, packed)[place], whole[5])
 
 
-def test_an_output_has_the_same_bits_in_any_tile(device: str) -> None:
-    """A weight of many outputs is cut into wider tiles: the first of them must not notice."""
-    x, weight = (tensor.to(device) for tensor in cancelling(2, 512, 8192, torch.bfloat16))
-    many, few = gpu.pack(weight), gpu.pack(weight[:24].contiguous())
-    assert launch_for(2, 8192, 512, "plain", x.dtype, UNLIMITED).constants["BLOCK_N"] == 32
-    assert launch_for(2, 24, 512, "plain", x.dtype, UNLIMITED).constants["BLOCK_N"] == 16
-    assert torch.equal(gpu.linear(x, many)[:, :24], gpu.linear(x, few))
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs", "format", "tile"),
+    [
+        (2, 8192, "plain", (16, 32)),
+        (20, 4096, "plain", (32, 32)),
+        (40, 8192, "plain", (64, 64)),
+        (130, 3072, "plain", (128, 64)),
+        (130, 6144, "plain", (128, 128)),
+        (130, 6144, "int8", (128, 128)),
+    ],
+)
+def test_an_output_has_the_same_bits_in_any_tile(
+    num_rows: int, num_outputs: int, format: WeightFormat, tile: tuple[int, int], device: str
+) -> None:
+    """A weight of many outputs is cut into larger tiles: the first and the last of them must not notice."""
+    x, weight = (tensor.to(device) for tensor in cancelling(num_rows, 512, num_outputs, torch.bfloat16))
+    constants = launch_for(num_rows, num_outputs, 512, format, x.dtype, UNLIMITED).constants
+    assert (constants["BLOCK_M"], constants["BLOCK_N"]) == tile
+    whole = gpu.linear(x, gpu.pack(weight, format))
+    for outputs in (slice(0, 24), slice(-24, None)):
+        few = gpu.pack(weight[outputs].contiguous(), format)
+        assert torch.equal(whole[:, outputs], gpu.linear(x, few))
+        assert torch.equal(whole[-1:, outputs], gpu.linear(x[-1:], few))
 
 
 def test_rows_of_a_larger_tensor(device: str) -> None:
