@@ -27,6 +27,7 @@ from pronk.engine.errors import (
     InvalidParameterError,
     PronkError,
 )
+from pronk.engine.inbox import Inbox
 from pronk.engine.request import Output, Request
 
 READ_SIZE = 1 << 20
@@ -88,7 +89,7 @@ class AsyncEngine:
         self._reader = reader
         self._writer = writer
         self._frames = frames
-        self._queues: dict[str, asyncio.Queue[Output]] = {}
+        self._inboxes: dict[str, Inbox] = {}
         self._listeners: list[Callable[[wire.Step], None]] = []
         self._draining = False
         self._closing = False
@@ -142,10 +143,11 @@ class AsyncEngine:
     @property
     def num_requests(self) -> int:
         """Requests that have not ended yet."""
-        return len(self._queues)
+        return len(self._inboxes)
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
-        """Yield what each step adds; the last output has a finish_reason. Leaving early aborts the request.
+        """Yield what each step adds, of several steps together where the reader is slower than they are; the last output
+        has a finish_reason. Leaving early aborts the request.
 
         Raises at the first step: ContextLengthError, InvalidParameterError, EngineDrainingError. Raises at any time:
         EngineDeadError.
@@ -155,16 +157,16 @@ class AsyncEngine:
         if self._draining:
             raise EngineDrainingError("the server is shutting down: send the request to another, or again later")
         check_request(request, self.info)
-        if request.request_id in self._queues:
+        if request.request_id in self._inboxes:
             raise InvalidParameterError(f"a request with the id {request.request_id!r} is running", "request_id")
-        queue: asyncio.Queue[Output] = asyncio.Queue()
-        self._queues[request.request_id] = queue
+        inbox = Inbox()
+        self._inboxes[request.request_id] = inbox
         self._idle.clear()
         finished = False
         try:
             self._send(wire.Add(request))
             while not finished:
-                output = await queue.get()
+                output = await inbox.get()
                 finished = output.finish_reason is not None
                 if output.finish_reason == "error" and self.error is not None:
                     raise self.error
@@ -184,7 +186,7 @@ class AsyncEngine:
         self._draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout)
-        return not self._queues
+        return not self._inboxes
 
     async def close(self) -> None:
         """End the engine's process, now. What still runs gets EngineDeadError."""
@@ -206,8 +208,8 @@ class AsyncEngine:
         self._writer.write(wire.encode(message))
 
     def _forget(self, request_id: str) -> None:
-        self._queues.pop(request_id, None)
-        if not self._queues:
+        self._inboxes.pop(request_id, None)
+        if not self._inboxes:
             self._idle.set()
 
     async def _receive(self) -> None:
@@ -218,7 +220,7 @@ class AsyncEngine:
                     if isinstance(message, wire.Step):
                         self._deliver(message)
                     elif isinstance(message, wire.Failed):
-                        reason = f"{message.kind}: {message.message}"
+                        reason = _failure(message)
         except msgspec.MsgspecError as error:
             reason = f"it sent what cannot be read: {error}"
             self._process.kill()
@@ -228,17 +230,17 @@ class AsyncEngine:
     def _deliver(self, step: wire.Step) -> None:
         self.stats = step.stats
         for output in step.outputs:
-            queue = self._queues.get(output.request_id)
-            if queue is not None:  # else its reader left, and the abort is on its way
-                queue.put_nowait(output)
+            inbox = self._inboxes.get(output.request_id)
+            if inbox is not None:  # else its reader left, and the abort is on its way
+                inbox.put(output)
         for listener in self._listeners:
             listener(step)
 
     def _die(self, reason: str) -> None:
         text = "the engine was shut down" if self._closing else f"the engine's process died ({reason})"
         self.error = EngineDeadError(text)
-        for request_id, queue in self._queues.items():
-            queue.put_nowait(Output(request_id=request_id, finish_reason="error", error=text))
+        for request_id, inbox in self._inboxes.items():
+            inbox.put(Output(request_id=request_id, finish_reason="error", error=text))
 
 
 def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
@@ -273,6 +275,13 @@ def _start_error(failed: wire.Failed) -> PronkError:
     return EngineStartError(
         f"the engine failed while it was starting: {failed.kind}: {failed.message}\n{failed.traceback}"
     )
+
+
+def _failure(failed: wire.Failed) -> str:
+    """Clients read it. An error that nobody raised on purpose may hold a path: it stands in the engine's own log."""
+    kind = getattr(errors, failed.kind, None)
+    on_purpose = isinstance(kind, type) and issubclass(kind, PronkError)
+    return failed.message if on_purpose else failed.kind
 
 
 def _exit(code: int) -> str:

@@ -168,7 +168,7 @@ class FakeEngine:
         self.gate.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until it holds, looking whenever a request comes, goes or has a step. Raises TimeoutError when it never does."""
+        """Wait until it holds, looking at every request that comes or goes, and at every step. Raises TimeoutError."""
         async with asyncio.timeout(20):
             while not condition():
                 self._changed.clear()

@@ -18,7 +18,8 @@ PROMISED = {
     "--host", "--port", "--api-key", "--served-model-name", "--dtype", "--device", "--max-model-len", "--max-num-seqs",
     "--max-num-batched-tokens", "--block-size", "--kv-cache-memory", "--load-format", "--tensor-parallel-size",
     "--seed", "--no-enable-prefix-caching", "--shutdown-timeout", "--log-level", "--allowed-origins", "--max-waiting",
-    "--keep-alive", "--stream-timeout", "--max-stored-responses", "--kv-cache-dtype", "--enforce-eager", "--quantization",
+    "--keep-alive", "--stream-timeout", "--max-stored-responses", "--kv-cache-dtype", "--enforce-eager",
+    "--quantization",
 }  # fmt: skip
 
 
