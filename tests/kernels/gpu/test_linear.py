@@ -26,6 +26,7 @@ SMALL = (
     LinearCase("odd-inputs", 3, 96, 40),
     LinearCase("odd-inputs-in-parts", 5, 1056, 8),
     LinearCase("many-rows", 70, 512, 72),
+    LinearCase("two-groups-of-tiles", 600, 64, 130),
 )
 """Inputs that int4's groups divide."""
 ODD = tuple(case for case in cases.LINEAR if case.name in ("2x33-17", "1x1-1", "15x257-3", "33x16-16"))
@@ -338,7 +339,8 @@ def test_stages_fit_into_shared_memory() -> None:
 
 def test_the_vendors_products_are_an_option(device: str) -> None:
     """For many rows, and for plain weights; the rest has the set's own bits."""
-    for num_rows, format in ((vendor.FEW_ROWS, "plain"), (70, "int8"), (70, "plain")):
+    steps: list[tuple[int, WeightFormat]] = [(vendor.FEW_ROWS, "plain"), (70, "int8"), (70, "plain")]
+    for num_rows, format in steps:
         x, packed, weight = made(LinearCase("", num_rows, 256, 4 * 64), torch.bfloat16, format, device)
         product = vendor.linear(x, packed)
         assert_product(product, x, weight)
