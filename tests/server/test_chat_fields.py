@@ -209,6 +209,15 @@ async def test_a_history_of_functions_is_one_of_tools(connect: Connect) -> None:
     assert "sunny" in text_of(first)
 
 
+async def test_a_refusal_in_the_history_is_its_text(connect: Connect) -> None:
+    client = connect()
+    for said in ({"content": "No."}, {"content": None, "refusal": "No."}, {"content": "", "refusal": "No."}):
+        await client.chat(messages=[USER, {"role": "assistant", **said}, USER])
+    first, *others = (request.prompt for request in client.engine.requests)
+    assert "No." in text_of(client.engine.requests[0])
+    assert all(prompt == first for prompt in others)
+
+
 async def test_logprobs_come_with_calls(connect: Connect) -> None:
     client = connect(says("Hm. " + CALL))
     whole = (await client.chat(tools=[WEATHER], logprobs=True)).json

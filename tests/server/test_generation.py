@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pronk.engine.errors import NonFiniteLogitsError
-from pronk.engine.request import Output, Request, SamplingParams
+from pronk.engine.request import Output, Request, SamplingParams, TokenLogprobs
 from pronk.server.chat.tools import Function, ToolCalls
 from pronk.server.errors import RequestFailedError
 from pronk.server.generation import Answer, Assembler, Delta, Generation, Joint, Pending, Prompt
@@ -67,6 +67,22 @@ async def test_none_of_the_others_begins_before() -> None:
     await asyncio.gather(first, return_exceptions=True)
     await parts.aclose()
     assert engine.aborted == ["r-0"]
+
+
+async def test_a_prompts_scores_come_before_all_of_its_completions() -> None:
+    """Also when the text of the one that brings them is not certain for a long time."""
+
+    def script(request: Request) -> list[Output]:
+        if request.request_id == "r-0":
+            first, *rest = outputs([*"\U0001f999".encode(), END_OF_TURN])
+            scores = [TokenLogprobs(-1.0, [], [])]
+            return [Output(request_id="", token_ids=first.token_ids, prompt_logprobs=scores), *rest]
+        return outputs([120, END_OF_TURN])
+
+    told = [delta async for delta in several(FakeEngine(script), [b"ab"], 3).deltas()]
+    assert told[0].prompt_logprobs == [TokenLogprobs(-1.0, [], [])]
+    assert [delta.prompt_logprobs for delta in told[1:]] == [None] * (len(told) - 1)
+    assert (told[0].index, told[0].text) == (0, "")
 
 
 async def test_one_failure_ends_all() -> None:
