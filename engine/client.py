@@ -146,8 +146,8 @@ class AsyncEngine:
         return len(self._inboxes)
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
-        """Yield what each step adds, of several steps together where the reader is slower than they are; the last output
-        has a finish_reason. Leaving early aborts the request.
+        """Yield what each step adds, or several steps together where the reader is slower. The last output has a
+        finish_reason. Leaving early aborts the request.
 
         Raises at the first step: ContextLengthError, InvalidParameterError, EngineDrainingError. Raises at any time:
         EngineDeadError.

@@ -17,6 +17,7 @@ from pronk.engine.errors import RequestError
 from pronk.engine.request import Grammar
 from pronk.server.body import read_body
 from pronk.server.generation import Answer, Asking
+from pronk.server.sending import EventStream
 from pronk.server.service import ServedModel
 from pronk.server.streaming import EventWriter, sse, to_json, unless_disconnected
 
@@ -67,15 +68,15 @@ class GenerationResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if self._writer is not None:
-                await unless_disconnected(receive, self._stream(self._writer, send))
+                await unless_disconnected(receive, self._stream(self._writer, EventStream.of(scope, send)))
             else:
                 await self._whole(scope, receive, send)
         except RequestError as error:
             error.param = self._names.get(error.param or "", error.param)
             raise
 
-    async def _stream(self, writer: EventWriter, send: Send) -> None:
-        await sse(self._generation.deltas(), writer, send, name=self._generation.record.request_id)
+    async def _stream(self, writer: EventWriter, stream: EventStream) -> None:
+        await sse(self._generation.deltas(), writer, stream, name=self._generation.record.request_id)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         answers = await unless_disconnected(receive, self._generation.collect())

@@ -22,6 +22,7 @@ from pronk.engine.config import EngineConfig
 from pronk.engine.errors import PronkError
 from pronk.server.app import create_app
 from pronk.server.config import ServerConfig
+from pronk.server.connections import watched
 from pronk.server.console import ProgressDisplay, base_url, start_table
 from pronk.server.loading import load_model
 from pronk.server.metrics import Metrics
@@ -120,6 +121,7 @@ class Server:
         self._http = HTTPServer(
             uvicorn.Config(
                 self._app,
+                http=watched(config.stream_timeout, self._app.state.metrics.client_dropped),
                 log_config=None,
                 access_log=False,
                 server_header=False,

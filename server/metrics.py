@@ -70,6 +70,9 @@ class Metrics:
         self._outcomes = {name: outcomes.labels(self._model, name) for name in OUTCOMES}
         rejections = self._counter("request_rejections", "Requests that were refused, by reason.", "reason")
         self._rejections = {name: rejections.labels(self._model, name) for name in REJECTIONS}
+        self._dropped = self._counter(
+            "slow_clients_dropped", "Connections that were closed because their client read nothing."
+        ).labels(self._model)
         durations = self._histogram(
             "request_duration_seconds",
             "Seconds from arrival to the end, of requests the engine took.",
@@ -162,6 +165,10 @@ class Metrics:
             self._outcomes[record.outcome].inc()
             self._durations[record.outcome].observe(seconds)
             self._observe_completion(record)
+
+    def client_dropped(self) -> None:
+        """A connection was closed because its client read nothing of what was waiting for it."""
+        self._dropped.inc()
 
     def _observe_completion(self, record: RequestRecord) -> None:
         self._prompt_tokens.observe(record.prompt_tokens)

@@ -12,23 +12,18 @@ from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
 import msgspec
-from starlette.types import Receive, Send
+from starlette.types import Receive
 
 from pronk.engine.errors import PronkError
-from pronk.server.errors import INTERNAL, body_of, error_body
+from pronk.server.errors import INTERNAL, INTERNAL_MESSAGE, body_of, error_body
 from pronk.server.generation import Delta
+from pronk.server.sending import EventStream
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-INTERNAL_MESSAGE = "The server met an error of its own; its log has the details."
 DONE = b"data: [DONE]\n\n"
-SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 
 class ClientDisconnectedError(Exception):
@@ -50,31 +45,34 @@ class EventWriter(Protocol):
         """body: OpenAI's error object as JSON. -> the last event of a stream that cannot go on."""
 
 
-async def sse(parts: AsyncGenerator[Delta, None], writer: EventWriter, send: Send, *, name: str) -> None:
-    """Send the whole response. Raises what `parts` raises before its first delta; nothing has been sent then.
+async def sse(parts: AsyncGenerator[Delta, None], writer: EventWriter, stream: EventStream, *, name: str) -> None:
+    """Send the whole response. Raises what `parts` raises while nothing has been sent.
 
     A later error is told in an event, after which the stream ends. name: of the request, for the log.
     """
-    async with aclosing(parts):
-        first = await anext(parts)
-        await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
-        await _send_events(send, writer.start() + writer.delta(first))
+    is_open = False
+    async with stream, aclosing(parts):
         try:
             async for delta in parts:
-                await _send_events(send, writer.delta(delta))
+                events = writer.delta(delta) if is_open else writer.start() + writer.delta(delta)
+                is_open = True
+                if events:
+                    await stream.send(events)
             end = writer.end()
-        except PronkError as error:
-            logger.warning("%s: the stream ends with an error: %s", name, error)
-            end = writer.fail(body_of(error))
-        except Exception:
-            logger.exception("%s: the stream ends with an error of the server's own", name)
-            end = writer.fail(error_body(INTERNAL_MESSAGE, INTERNAL))
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+        except Exception as error:
+            if not stream.has_begun:
+                raise
+            end = (b"" if is_open else writer.start()) + writer.fail(_told(error, name))
+        await stream.send(end, last=True)
 
 
-async def _send_events(send: Send, events: bytes) -> None:
-    if events:
-        await send({"type": "http.response.body", "body": events, "more_body": True})
+def _told(error: Exception, name: str) -> bytes:
+    """-> the error object for an error that comes when the stream has begun."""
+    if isinstance(error, PronkError):
+        logger.warning("%s: the stream ends with an error: %s", name, error)
+        return body_of(error)
+    logger.error("%s: the stream ends with an error of the server's own", name, exc_info=error)
+    return error_body(INTERNAL_MESSAGE, INTERNAL)
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

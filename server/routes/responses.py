@@ -18,7 +18,7 @@ from pronk.engine.errors import PronkError
 from pronk.engine.request import Grammar, SamplingParams
 from pronk.server.answering import GenerationResponse, check_grammar, read_request
 from pronk.server.chat.tools import ToolCalls
-from pronk.server.errors import INVALID_VALUE, APIError
+from pronk.server.errors import INTERNAL_MESSAGE, INVALID_VALUE, APIError
 from pronk.server.generation import Generation, Prompt
 from pronk.server.protocol.common import parse, refuse, schema_of
 from pronk.server.protocol.responses import PromptFields, ResponseRequest
@@ -28,7 +28,7 @@ from pronk.server.responses.items import ItemDict, input_items, messages_of, new
 from pronk.server.responses.store import ResponseStore, Stored
 from pronk.server.routes.models import unknown_model
 from pronk.server.service import ServedModel, Service
-from pronk.server.streaming import INTERNAL_MESSAGE, to_json, unless_disconnected
+from pronk.server.streaming import to_json, unless_disconnected
 
 logger = logging.getLogger(__name__)
 router = APIRouter()

@@ -18,6 +18,7 @@ from pronk.engine.request import Output, SamplingParams
 from pronk.server.chat.chunks import ChunkWriter, Wanted
 from pronk.server.generation import Answer, Assembler, Generation, Prompt, Scored
 from pronk.server.record import RequestRecord
+from pronk.server.sending import EventStream
 from pronk.server.shapes import Head
 from pronk.server.streaming import ClientDisconnectedError, sse, to_json, unless_disconnected
 
@@ -86,7 +87,7 @@ async def streamed(outputs: Sequence[Output], params: SamplingParams) -> tuple[s
 
     record = RequestRecord("r")
     writer = ChunkWriter(HEAD, Wanted(logprobs=params.logprobs is not None), BYTES, record)
-    await sse(generation(outputs, params, record).deltas(), writer, send, name="r")
+    await sse(generation(outputs, params, record).deltas(), writer, EventStream(send, send), name="r")
     lines = b"".join(sent).decode().split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     choices = [msgspec.json.decode(line[6:])["choices"][0] for line in lines[:-2]]
@@ -209,7 +210,7 @@ async def test_an_error_before_the_first_delta_sends_nothing() -> None:
     record = RequestRecord("r")
     running = Generation([Prompt([1], [SamplingParams()])], request_id="r", model=served(engine), record=record)
     with pytest.raises(EngineDeadError):
-        await sse(running.deltas(), ChunkWriter(HEAD, Wanted(), BYTES, record), send, name="r")
+        await sse(running.deltas(), ChunkWriter(HEAD, Wanted(), BYTES, record), EventStream(send, send), name="r")
 
 
 async def test_work_is_cancelled_and_has_ended_when_the_client_leaves() -> None:
