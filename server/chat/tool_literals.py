@@ -237,7 +237,7 @@ def python_arguments(char: str, out: Out) -> Steps[str]:
         char = yield from space(char)
         char = yield from one(char, "=")
         char = yield from space(char)
-        char = yield from _python_value(char, out, 0)
+        char = yield from _python_value(char, out, 1)
         char = yield from _next_item(char, ")")
     out.append("}")
     return (yield ONE)
@@ -263,7 +263,7 @@ def _next_item(char: str, close: str) -> Steps[str]:
 
 
 def _python_value(char: str, out: Out, depth: int) -> Steps[str]:
-    if depth >= MAX_DEPTH or not char:
+    if not char or (char in "[({" and depth >= MAX_DEPTH):
         raise MismatchError
     if char in "'\"":
         return (yield from _python_string(char, out))

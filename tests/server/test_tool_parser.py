@@ -67,6 +67,7 @@ CALLS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         '{"name": "f", "parameters": {}}; [g()] <function=f>{}</function>',
         [("f", "{}"), ("g", "{}"), ("f", "{}")],
     ),
+    "spaces in text": ('{"name": "f", "parameters": {"a": " x  y "}}', [("f", '{"a": " x  y "}')]),
     "raw line breaks": ('{"name": "f", "parameters": {"a": "x\n\ty\x00"}}', [("f", r'{"a": "x\n\ty\u0000"}')]),
     "escapes": (r'{"name": "f", "parameters": {"a": "\"\\\u00e9\ud83d"}}', [("f", r'{"a": "\"\\\u00e9\ud83d"}')]),
     "other letters": ('{"name": "f", "parameters": {"ключ": "é😀"}}', [("f", '{"ключ": "é😀"}')]),
@@ -184,6 +185,42 @@ def test_what_only_looks_like_a_call_is_content(name: str) -> None:
 )
 def test_where_calls_end_and_content_begins(text: str, content: str | None, calls: list[tuple[str, str]]) -> None:
     assert read(text) == (content, calls)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("[1 ", "2]"),
+        ("[1", "}"),
+        ("[1, ", "]"),
+        ("[", ",]"),
+        ('{"b" ', "1}"),
+        ('{"b": 1, ', "}"),
+        ('{"b": 1', "]"),
+        ("{", "b: 1}"),
+        ('{"b": ', ", 1}"),
+        ('"\\', 'x"'),
+        ('"\\u12', 'g4"'),
+        ('"\\u123', '"'),
+        ("-", "x"),
+        ("1.", "x"),
+        ("1e+", "x"),
+        ("0", "1"),
+        ("1", "true"),
+    ],
+)
+def test_arguments_end_where_they_are_no_longer_json(good: str, bad: str) -> None:
+    begin = '{"z": 0, "a": '
+    assert read(f'{{"name": "f", "parameters": {begin}{good}{bad}}}}}') == (bad + "}}", [("f", begin + good)])
+
+
+@pytest.mark.parametrize("word", ["true", "false", "null"])
+def test_a_word_that_is_not_jsons_is_no_argument(word: str) -> None:
+    begin = '{"z": 0, "a": '
+    for cut in range(1, len(word)):
+        text = f'{{"name": "f", "parameters": {begin}{word[:cut]}x}}}}'
+        assert read(text) == (word[:cut] + "x}}", [("f", begin)])
+    assert read(f'{{"name": "f", "parameters": {begin}{word}}}}}') == (None, [("f", f"{begin}{word}}}")])
 
 
 # Python's literals
@@ -314,7 +351,7 @@ def test_without_parallel_calls_the_first_is_kept_and_content_is_the_same(text: 
 
 TAUGHT = {
     "as the template teaches", "no space", "all the space there is", "no arguments", "after ;", "after a line",
-    "at once", "raw line breaks", "escapes", "other letters",
+    "at once", "raw line breaks", "spaces in text", "escapes", "other letters",
 }  # fmt: skip
 INSIDE = {"function around", "all forms", "the type last"}
 
@@ -395,8 +432,10 @@ def test_repeated_openings_are_content(unit: str) -> None:
 @pytest.mark.parametrize(("before", "after"), [('{"name": "f", "parameters": {"a": ', "}}"), ("[f(a=", ")]")])
 def test_deep_nesting_ends_a_call(before: str, after: str) -> None:
     fits = MAX_DEPTH - 1
-    content, calls = fold(parts_of([before + "[" * fits + "]" * fits + after]))
+    content, calls = fold(parts_of([before + "[" * fits + "1" + "]" * fits + after]))
     assert (content, len(calls)) == (None, 1)
+    content, _ = fold(parts_of([before + "[" * (fits + 1) + "]" * (fits + 1) + after]))
+    assert content is not None
     deep = before + "[" * 100_000 + "]" * 100_000 + after
     content, _ = fold(parts_of([deep]))
     assert content is not None
