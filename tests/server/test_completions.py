@@ -6,11 +6,15 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pronk.engine.errors import PronkError
+from pronk.engine.model.config import GenerationDefaults
 from pronk.engine.request import Output, Request, SamplingParams, TokenLogprobs
 from pronk.server.completing import LogprobsWriter, Wanted
+from pronk.server.errors import answer_of
+from pronk.server.protocol.common import parse
 from pronk.server.protocol.completions import CompletionRequest
 
 from .conftest import Connect
@@ -327,6 +331,34 @@ async def test_a_fault_is_a_400_that_names_its_field(
 ) -> None:
     reply = await complete(client, **fields)
     assert (reply.status, reply.error["param"], reply.error["code"]) == (400, param, code)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = sorted({field.alias or name for name, field in CompletionRequest.model_fields.items()})
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5))
+def test_any_json_is_accepted_or_refused_by_name(fields: dict[str, Any]) -> None:
+    body = json.dumps({**fields, "model": "tiny"}).encode("utf-8", "surrogatepass")
+    fault = fault_in(body)
+    if fault is not None:
+        assert answer_of(fault).status == 400
+        assert fault.param or answer_of(fault).code == "invalid_json"  # type: ignore[attr-defined]
+
+
+def fault_in(body: bytes) -> PronkError | None:
+    try:
+        asked = parse(CompletionRequest, body)
+        asked.sampling_params(GenerationDefaults(), BYTES_TOKENIZER, grammar=asked.text_grammar())
+        asked.prompts(BYTES_TOKENIZER)
+    except PronkError as error:
+        return error
+    return None
 
 
 async def test_a_wrong_model_is_a_404(client: Client) -> None:
