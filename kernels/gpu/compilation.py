@@ -25,7 +25,8 @@ class Compilation:
     num_warps: int = 4
     num_stages: int = 3
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further options of the launch, such as enable_fp_fusion."""
+    """Further options of the launch. enable_fp_fusion always: whether the compiler may fuse a product with a sum, which
+    Triton decides otherwise from version to version, changes bits."""
     divisible: tuple[str, ...] = ()
     """Integers of the signature that are multiples of 16 at run time: strides and widths."""
     targets: tuple[int, ...] = (80, 90, 100)
