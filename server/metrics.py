@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 import time
 from bisect import bisect_left
-from collections import Counter as Tally
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -223,19 +222,21 @@ class TokenClock:
 
     def tick(self, step: Step, now: float) -> None:
         """now: seconds, of any clock that only goes forward."""
-        tally: Tally[float] = Tally()
+        times_of: dict[float, int] = {}
+        ends = self._last
         for output in step.outputs:
-            tokens = len(output.token_ids)
-            last = self._last.get(output.request_id)
+            request_id, tokens = output.request_id, len(output.token_ids)
+            last = ends.get(request_id)
             if tokens and last is not None:
-                tally[(now - last) / tokens] += tokens
+                gap = (now - last) / tokens
+                times_of[gap] = times_of.get(gap, 0) + tokens
             elif tokens > 1:
-                tally[0.0] += tokens - 1
+                times_of[0.0] = times_of.get(0.0, 0) + tokens - 1
             if output.finish_reason is not None:
-                self._last.pop(output.request_id, None)
+                ends.pop(request_id, None)
             elif tokens:
-                self._last[output.request_id] = now
-        for gap, times in tally.items():
+                ends[request_id] = now
+        for gap, times in times_of.items():
             self._gaps.add(gap, times)
 
 
