@@ -188,20 +188,13 @@ class Assembler:
         self._shown_bytes = 0
         self._token_ids: list[int] = []
         self._prompt_logprobs: list[TokenLogprobs] | None = None
-        self._is_plain = self._parser is None and params.logprobs is None and params.prompt_logprobs is None
 
     def feed(self, output: Output) -> Delta | None:
         """-> what this output adds; None: nothing that could be told yet."""
-        # Most outputs: tokens and nothing else. The long way gives the same, and takes twice as long.
-        if self._is_plain and output.finish_reason is None:
-            self._token_ids += output.token_ids
-            text = self._detokenizer.feed(output.token_ids)
-            if not text:
-                return None
-            ids, self._token_ids = self._token_ids, []
-            return Delta(self._index, [text], token_ids=ids)
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = (self._prompt_logprobs or []) + output.prompt_logprobs
+        if self._has_only_tokens(output):
+            return self._plain(output.token_ids)
         for token, logprobs in zip(output.token_ids, output.logprobs or (), strict=False):
             self._fed_bytes += self._visible_bytes(token)
             self._waiting.append((self._fed_bytes, Scored(token, logprobs)))
@@ -219,6 +212,24 @@ class Assembler:
         ids, self._token_ids = self._token_ids, []
         scored, self._prompt_logprobs = self._prompt_logprobs, None
         return Delta(self._index, parts, logprobs_due, self._reason(output.finish_reason), ids, scored)
+
+    def _has_only_tokens(self, output: Output) -> bool:
+        return (
+            output.finish_reason is None
+            and output.logprobs is None
+            and self._parser is None
+            and self._prompt_logprobs is None
+            and not self._waiting
+        )
+
+    def _plain(self, token_ids: list[int]) -> Delta | None:
+        """Most outputs are tokens and nothing else: what the long way gives, in half the time."""
+        self._token_ids += token_ids
+        text = self._detokenizer.feed(token_ids)
+        if not text:
+            return None
+        ids, self._token_ids = self._token_ids, []
+        return Delta(self._index, [text], token_ids=ids)
 
     def _shown_ids(self, output: Output) -> list[int]:
         """A token that ended the completion by its id is no part of the text."""
