@@ -1,6 +1,6 @@
 """Write the reference pages from the declarations they describe.
 
-    python docs/generate.py          writes docs/flags.md, docs/kernels.md and docs/metrics.md
+    python docs/generate.py          writes docs/api.md, docs/flags.md, docs/kernels.md and docs/metrics.md
     python docs/generate.py --check  ends with 1 if a page is not what would be written
 
 A test runs the check, so a page never says what the code does not.
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import api_reference
 from prometheus_client import CollectorRegistry
 
 from pronk.engine.config import EngineConfig
@@ -113,7 +114,7 @@ def _budget() -> str:
     return page
 
 
-PAGES = {"flags.md": flags, "kernels.md": kernels, "metrics.md": metrics}
+PAGES = {"api.md": lambda: api_reference.page(NOTE), "flags.md": flags, "kernels.md": kernels, "metrics.md": metrics}
 
 
 def main() -> int:

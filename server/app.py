@@ -16,13 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import pronk
-from pronk.server.auth import Auth, Keys
+from pronk.server.auth import OPEN_PATHS, Auth, Keys
 from pronk.server.config import ServerConfig
 from pronk.server.cors import Cors
 from pronk.server.envelope import Envelope
 from pronk.server.errors import OTHER_REFUSAL, UNKNOWN_ROUTE, WRONG_METHOD, APIError, body_of
 from pronk.server.metrics import Metrics
-from pronk.server.protocol.common import hoist_definitions
+from pronk.server.openapi import complete
 from pronk.server.responses.store import ResponseStore
 from pronk.server.routes import chat, completions, health, metrics, models, responses, tokenize
 from pronk.server.service import Service
@@ -33,7 +33,9 @@ STORED_RESPONSES_SECONDS = 3600.0
 
 class _Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
-        return hoist_definitions(super().openapi())
+        if self.openapi_schema is None:
+            self.openapi_schema = complete(super().openapi(), open_paths=OPEN_PATHS)
+        return self.openapi_schema
 
 
 def create_app(service: Service, config: ServerConfig, *, registry: CollectorRegistry | None = None) -> FastAPI:

@@ -33,6 +33,7 @@ INTERNAL_MESSAGE = "The server met an error of its own; its log has the details.
 class Answer:
     """How one kind of error is told to a client.
 
+    when: what has happened, for the reference page.
     reason: the `reason` label in `request_rejections_total`; empty: the error is not a refusal but a failure.
     retry_after: seconds after which trying again makes sense; None: it does not.
     message: told instead of the error's own, which is for the operator: it may hold a path or a traceback.
@@ -41,6 +42,7 @@ class Answer:
     status: int
     type: str
     code: str | None
+    when: str
     reason: str = "invalid"
     retry_after: int | None = None
     message: str | None = None
@@ -67,25 +69,40 @@ class RequestFailedError(PronkError):
     """The engine gave up this one request."""
 
 
-BAD_JSON = Answer(400, INVALID_REQUEST, "invalid_json")
-INVALID_TYPE = Answer(400, INVALID_REQUEST, "invalid_type")
-INVALID_VALUE = Answer(400, INVALID_REQUEST, "invalid_value")
-MISSING = Answer(400, INVALID_REQUEST, "missing_required_parameter")
-UNKNOWN_PARAMETER = Answer(400, INVALID_REQUEST, "unknown_parameter")
-UNSUPPORTED = Answer(400, INVALID_REQUEST, "unsupported_parameter")
-WRONG_KEY = Answer(401, INVALID_REQUEST, "invalid_api_key", reason="auth")
-UNKNOWN_MODEL = Answer(404, INVALID_REQUEST, "model_not_found")
-UNKNOWN_ROUTE = Answer(404, INVALID_REQUEST, "unknown_url")
-WRONG_METHOD = Answer(405, INVALID_REQUEST, "method_not_allowed")
-BODY_TOO_LARGE = Answer(413, INVALID_REQUEST, "body_too_large", reason="body_too_large")
-BODY_TIMEOUT = Answer(408, INVALID_REQUEST, "body_timeout")
-OTHER_REFUSAL = Answer(400, INVALID_REQUEST, None)
-INTERNAL = Answer(500, SERVER_ERROR, "internal_error", reason="")
-
+BAD_JSON = Answer(400, INVALID_REQUEST, "invalid_json", "The body is not JSON in UTF-8, or not a JSON object.")
+INVALID_TYPE = Answer(
+    400, INVALID_REQUEST, "invalid_type", "A value is of the wrong type: strings are no numbers here."
+)
+INVALID_VALUE = Answer(
+    400, INVALID_REQUEST, "invalid_value", "A value is out of range, contradicts another, or cannot be enforced."
+)
+MISSING = Answer(400, INVALID_REQUEST, "missing_required_parameter", "A field that must be there is not, or is null.")
+UNKNOWN_PARAMETER = Answer(
+    400, INVALID_REQUEST, "unknown_parameter", "A field has no meaning here, and ignoring it could change the answer."
+)
+UNSUPPORTED = Answer(
+    400, INVALID_REQUEST, "unsupported_parameter", "What a field asks for is known, and not done by this server."
+)
+WRONG_KEY = Answer(401, INVALID_REQUEST, "invalid_api_key", "No API key, or one that is not accepted.", reason="auth")
+UNKNOWN_MODEL = Answer(404, INVALID_REQUEST, "model_not_found", "The model is not served here.")
+UNKNOWN_RESPONSE = Answer(
+    404, INVALID_REQUEST, "response_not_found", "No such stored response, or not one of this key, or not any more."
+)
+UNKNOWN_ROUTE = Answer(404, INVALID_REQUEST, "unknown_url", "There is no such path.")
+WRONG_METHOD = Answer(405, INVALID_REQUEST, "method_not_allowed", "The path is there, but not for this method.")
+BODY_TIMEOUT = Answer(408, INVALID_REQUEST, "body_timeout", "The body did not arrive within a minute.")
+BODY_TOO_LARGE = Answer(
+    413, INVALID_REQUEST, "body_too_large", "The body is longer than 8 MiB.", reason="body_too_large"
+)
+OTHER_REFUSAL = Answer(400, INVALID_REQUEST, None, "What the HTTP framework refuses by itself.")
+INTERNAL = Answer(
+    500, SERVER_ERROR, "internal_error", "A fault of the server's own; its log has the details.", reason=""
+)
 _DID_NOT_START = Answer(
     503,
     SERVER_ERROR,
     "engine_down",
+    "The engine did not start.",
     reason="engine_down",
     message="The engine did not start; the server's log says why.",
 )
@@ -95,15 +112,49 @@ ANSWERS: dict[type[PronkError], Answer] = {
     PronkError: INTERNAL,
     RequestError: INVALID_VALUE,
     InvalidParameterError: INVALID_VALUE,
-    ContextLengthError: Answer(400, INVALID_REQUEST, "context_length_exceeded", reason="context_length"),
-    QueueFullError: Answer(
-        429, "rate_limit_error", "rate_limit_exceeded", reason="queue_full", retry_after=RETRY_AFTER_SECONDS
+    ContextLengthError: Answer(
+        400,
+        INVALID_REQUEST,
+        "context_length_exceeded",
+        "The prompt, or it and the answer that was asked for, are longer than the model's context.",
+        reason="context_length",
     ),
-    NonFiniteLogitsError: Answer(500, SERVER_ERROR, "nonfinite_logits", reason=""),
-    RequestFailedError: Answer(500, SERVER_ERROR, "request_failed", reason=""),
-    NotReadyError: Answer(503, SERVER_ERROR, "loading", reason="loading", retry_after=RETRY_AFTER_SECONDS),
-    EngineDrainingError: Answer(503, SERVER_ERROR, "draining", reason="draining", retry_after=RETRY_AFTER_SECONDS),
-    EngineDeadError: Answer(503, SERVER_ERROR, "engine_down", reason="engine_down", retry_after=RETRY_AFTER_SECONDS),
+    QueueFullError: Answer(
+        429,
+        "rate_limit_error",
+        "rate_limit_exceeded",
+        "As many requests wait as may (`--max-waiting`).",
+        reason="queue_full",
+        retry_after=RETRY_AFTER_SECONDS,
+    ),
+    NonFiniteLogitsError: Answer(
+        500, SERVER_ERROR, "nonfinite_logits", "The model produced NaN or infinity for this request.", reason=""
+    ),
+    RequestFailedError: Answer(500, SERVER_ERROR, "request_failed", "The engine gave up this one request.", reason=""),
+    NotReadyError: Answer(
+        503,
+        SERVER_ERROR,
+        "loading",
+        "The model is still loading.",
+        reason="loading",
+        retry_after=RETRY_AFTER_SECONDS,
+    ),
+    EngineDrainingError: Answer(
+        503,
+        SERVER_ERROR,
+        "draining",
+        "The server is shutting down: it finishes what runs.",
+        reason="draining",
+        retry_after=RETRY_AFTER_SECONDS,
+    ),
+    EngineDeadError: Answer(
+        503,
+        SERVER_ERROR,
+        "engine_down",
+        "The engine's process is gone.",
+        reason="engine_down",
+        retry_after=RETRY_AFTER_SECONDS,
+    ),
     EngineStartError: _DID_NOT_START,
     CheckpointError: _DID_NOT_START,
     ConfigError: _DID_NOT_START,

@@ -98,18 +98,8 @@ def validate(kind: type[Request], data: dict[str, Any]) -> Request:
 
 
 def schema_of(kind: type[Body]) -> dict[str, Any]:
-    """-> its JSON schema for OpenAPI; `hoist_definitions` moves what its references name."""
+    """-> its JSON schema for OpenAPI; `openapi.complete` moves what its references name."""
     return kind.model_json_schema(ref_template="#/components/schemas/{model}")
-
-
-def hoist_definitions(document: dict[str, Any]) -> dict[str, Any]:
-    """document: OpenAPI, whose request bodies are of `schema_of`. -> it, with their `$defs` where references look."""
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for path in document["paths"].values():
-        for operation in path.values():
-            for content in operation.get("requestBody", {}).get("content", {}).values():
-                schemas.update(content["schema"].pop("$defs", {}))
-    return document
 
 
 def read_json(body: bytes) -> Any:

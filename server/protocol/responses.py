@@ -194,7 +194,7 @@ class FlatFunction(Body):
     )
 
 
-class OtherTool(Body):
+class OtherFlatTool(Body):
     """One of OpenAI's own tools: refused by `tool_calls`."""
 
     model_config = ConfigDict(extra="allow")
@@ -207,7 +207,7 @@ def _kind_of_tool(tool: Any) -> str:
 
 
 FlatTool = Annotated[
-    Annotated[FlatFunction, Tag("function")] | Annotated[OtherTool, Tag("other")], Discriminator(_kind_of_tool)
+    Annotated[FlatFunction, Tag("function")] | Annotated[OtherFlatTool, Tag("other")], Discriminator(_kind_of_tool)
 ]
 
 
@@ -226,7 +226,7 @@ class FlatAllowed(Body):
     tools: list[FlatName] = Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True, description="By name.")
 
 
-class OtherChoice(Body):
+class OtherFlatChoice(Body):
     """Of a tool of another kind: refused by `tool_calls`."""
 
     model_config = ConfigDict(extra="allow")
@@ -244,7 +244,7 @@ FlatChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("mode")]
     | Annotated[FlatName, Tag("function")]
     | Annotated[FlatAllowed, Tag("allowed")]
-    | Annotated[OtherChoice, Tag("other")],
+    | Annotated[OtherFlatChoice, Tag("other")],
     Discriminator(_kind_of_choice),
 ]
 
@@ -327,7 +327,7 @@ class PromptFields(Body):
         offered: dict[str, Function] = {}
         for place, tool in enumerate(self.tools):
             param = f"tools[{place}]"
-            if isinstance(tool, OtherTool):
+            if isinstance(tool, OtherFlatTool):
                 raise refuse(
                     f"{param}.type", f"A tool of type '{tool.type}' cannot be used: '{param}.type' must be 'function'."
                 )

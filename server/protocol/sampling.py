@@ -52,7 +52,7 @@ class SamplingFields(Body):
     model: str = Field(description="One of the names that GET /v1/models lists.")
     stream: bool = Field(False, description="Send the answer as server-sent events while it is made.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(None, ge=0, description="Length of an answer at most.")
 
     temperature: float | None = Field(None, description="0 to 2; 0 chooses the most likely token.")
     top_p: float | None = Field(None, description="0 to 1: the share of probability that tokens are drawn from.")

@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pronk.server.errors import Answer, APIError
+from pronk.server.errors import UNKNOWN_RESPONSE, APIError
 from pronk.server.responses.items import ItemDict
 from pronk.server.streaming import to_json
-
-NOT_FOUND = Answer(404, "invalid_request_error", "response_not_found", reason="invalid")
 
 
 @dataclass
@@ -84,7 +82,7 @@ class ResponseStore:
         self._make_room()
         stored = self._stored.get((owner, response_id))
         if stored is None:
-            raise APIError(f"There is no response with the id '{response_id[:100]}'.", NOT_FOUND, param)
+            raise APIError(f"There is no response with the id '{response_id[:100]}'.", UNKNOWN_RESPONSE, param)
         return stored
 
     def find_item(self, owner: str, item_id: str, param: str) -> ItemDict:
@@ -95,7 +93,7 @@ class ResponseStore:
                 for item in [*stored.body["output"], *stored.input]:
                     if item.get("id") == item_id:
                         return item
-        raise APIError(f"There is no item with the id '{item_id[:100]}'.", NOT_FOUND, param)
+        raise APIError(f"There is no item with the id '{item_id[:100]}'.", UNKNOWN_RESPONSE, param)
 
     def delete(self, owner: str, response_id: str) -> None:
         """Raises APIError (404)."""

@@ -15,6 +15,7 @@ from pronk.server.answering import GenerationResponse, check_grammar, read_reque
 from pronk.server.beam import BeamSearch
 from pronk.server.chat.chunks import ChunkWriter, Wanted, completion_body
 from pronk.server.generation import Generation, Prompt
+from pronk.server.openapi import STREAMS
 from pronk.server.protocol.chat import ChatCompletionRequest, Constraint
 from pronk.server.protocol.common import parse, schema_of
 from pronk.server.protocol.sampling import choices, first
@@ -40,7 +41,7 @@ class Read:
 @router.post(
     "/v1/chat/completions",
     summary="Create a chat completion",
-    responses={"4XX": {"description": "OpenAI's error object"}},
+    responses=STREAMS,
     openapi_extra={
         "requestBody": {
             "required": True,

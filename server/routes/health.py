@@ -18,11 +18,20 @@ from pronk.server.service import Phase, Service
 
 router = APIRouter()
 
+_STATUS = {
+    "type": "object",
+    "required": ["status"],
+    "properties": {"status": {"type": "string"}, "reason": {"type": "string"}},
+}
+READINESS: dict[int | str, dict[str, Any]] = {
+    503: {"description": "Not now", "content": {"application/json": {"schema": _STATUS}}}
+}
 
-@router.post("/ping", summary="Readiness, as /health")
-@router.get("/ping", summary="Readiness, as /health")
+
+@router.post("/ping", summary="Readiness, as /health", responses=READINESS)
+@router.get("/ping", summary="Readiness, as /health", responses=READINESS)
 @router.head("/health", include_in_schema=False)
-@router.get("/health", summary="Readiness")
+@router.get("/health", summary="Readiness", responses=READINESS)
 async def health(request: Request) -> Response:
     """200 when a token can be made; 503 while the model loads, while the server drains, and when the engine is gone."""
     service: Service = request.app.state.service

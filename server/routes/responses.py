@@ -20,6 +20,7 @@ from pronk.server.answering import GenerationResponse, check_grammar, read_reque
 from pronk.server.chat.tools import ToolCalls
 from pronk.server.errors import INTERNAL_MESSAGE, INVALID_VALUE, APIError
 from pronk.server.generation import Generation, Prompt
+from pronk.server.openapi import STREAMS
 from pronk.server.protocol.common import parse, refuse, schema_of
 from pronk.server.protocol.responses import PromptFields, ResponseRequest
 from pronk.server.record import RequestRecord
@@ -63,7 +64,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"description": "OpenAI's er
 @router.post(
     "/v1/responses",
     summary="Create a response",
-    responses=REFUSALS,
+    responses=STREAMS,
     openapi_extra=_body(ResponseRequest),
 )
 async def create_response(request: HTTPRequest) -> Response:
@@ -193,7 +194,24 @@ async def cancel_response(request: HTTPRequest, response_id: str) -> Response:
     return _json(stored.body)
 
 
-@router.get("/v1/responses/{response_id}/input_items", summary="List a response's input", responses=REFUSALS)
+PAGING = [
+    {
+        "name": "after",
+        "in": "query",
+        "schema": {"type": "string"},
+        "description": "The id of the item before the page.",
+    },
+    {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 20}},
+    {"name": "order", "in": "query", "schema": {"type": "string", "enum": ["asc", "desc"], "default": "desc"}},
+]
+
+
+@router.get(
+    "/v1/responses/{response_id}/input_items",
+    summary="List a response's input",
+    responses=REFUSALS,
+    openapi_extra={"parameters": PAGING},
+)
 async def list_input_items(request: HTTPRequest, response_id: str) -> Response:
     """The items of its request and of the conversation before it, newest first unless order says asc."""
     stored = _stored(request, response_id)
