@@ -12,20 +12,14 @@ from functools import cached_property
 import llguidance
 import numpy as np
 
-from pronk.engine.errors import InvalidParameterError
+from pronk.engine.grammar.deep import COMPILER_STACK, run_deep
+from pronk.engine.grammar.judge import Judges
 from pronk.engine.grammar.matcher import Mask, Matcher, Tokens
-from pronk.engine.grammar.notation import Notation, translate
-from pronk.engine.grammar.place import JSONPlace
-from pronk.engine.grammar.schema import PARAM
-from pronk.engine.grammar.shortest import ByteTokenizer, Work, shortest
+from pronk.engine.grammar.notation import translate
+from pronk.engine.grammar.shortest import ByteTokenizer, first_completion, start
 from pronk.engine.request import Grammar
 from pronk.engine.tokenizer import SPLIT_PATTERN, Vocabulary
 
-# Of a grammar's lexer and of a step. A state takes 1 to 2 KB; a step with all its fuel takes 15 ms.
-_MAX_LEXER_STATES = 20_000
-_STEP_FUEL = 200_000
-
-_WORK_OF_CHECK = 40_000
 _FEW_ROWS = 8  # fewer are not worth the library's thread pool
 
 
@@ -42,6 +36,7 @@ class GrammarCompiler:
         self._eos_token_ids = sorted(eos_token_ids)
         self._vocab_size = vocab_size or vocabulary.size
         self._lock = threading.Lock()
+        self._judges = Judges(vocabulary, self._eos_token_ids)
 
     def prepare(self) -> None:
         """Build now what `compile` needs once: 0.4 s for 128k tokens, during which Python's other threads stand."""
@@ -49,34 +44,36 @@ class GrammarCompiler:
             self._tokens.prepare()
 
     def check(self, grammar: Grammar) -> None:
-        """Answers within a second, whatever the grammar is, and needs no `prepare`.
+        """Answers within a second (of processor time), whatever the grammar is, and needs no `prepare`: other processes
+        read it, which the first call starts.
 
         Raises InvalidParameterError, which says what is wrong with it, cannot be enforced, or has no text that is short
         enough.
         """
-        notation = translate(grammar)
-        with self._lock:
-            in_bytes = self._in_bytes
-        state = _start(in_bytes.tokenizer, notation)
-        place = JSONPlace() if notation.has_json else None
-        if shortest(state, place, _symbols(notation.hints), Work(_WORK_OF_CHECK)) is None:
-            raise InvalidParameterError("No text was found that satisfies the grammar and is short enough.", PARAM)
+        self._judges.check(grammar)
+
+    def close(self) -> None:
+        """End those processes."""
+        self._judges.close()
 
     def compile(self, grammar: Grammar) -> Matcher:
-        """-> a matcher at the text's beginning. Lets other threads run.
+        """-> a matcher at the text's beginning. Lets other threads run. For a grammar that was checked, or is the
+        caller's own: one that was made to hurt could take minutes, or end the process.
 
         Raises InvalidParameterError as `check` does, but for texts that are too long.
         """
+        return run_deep(lambda: self._compile(grammar), COMPILER_STACK)
+
+    def _compile(self, grammar: Grammar) -> Matcher:
         notation = translate(grammar)
         self.prepare()
+        byte_state = start(self._in_bytes.tokenizer, notation.text)
         return Matcher(
             self._tokens,
-            _start(self._tokens.tokenizer, notation),
-            _start(self._in_bytes.tokenizer, notation),
-            jump=notation.jump,
-            hints=_symbols(notation.hints),
-            has_json=notation.has_json,
-            string_jump=notation.string_jump,
+            start(self._tokens.tokenizer, notation.text),
+            byte_state,
+            notation,
+            first_completion(byte_state, notation),
             eos_token_ids=frozenset(self._eos_token_ids),
         )
 
@@ -114,21 +111,3 @@ class GrammarCompiler:
             n_vocab=self._vocab_size,
         )
         return Tokens(tokenizer, self._in_bytes, self._vocabulary, self._vocab_size)
-
-
-def _start(tokenizer: llguidance.LLTokenizer, notation: Notation) -> llguidance.LLMatcher:
-    limits = llguidance.LLParserLimits(
-        max_lexer_states=_MAX_LEXER_STATES, step_lexer_fuel=_STEP_FUEL, verbose_errors=False
-    )
-    state = llguidance.LLMatcher(tokenizer, notation.text, log_level=0, limits=limits)
-    if state.is_error():
-        raise InvalidParameterError(f"The grammar cannot be used: {_reason(state.get_error())}.", PARAM)
-    return state
-
-
-def _reason(message: str) -> str:
-    return " ".join(message.split())[:300].rstrip(".")
-
-
-def _symbols(hints: Sequence[str]) -> list[list[int]]:
-    return [list(hint.encode()) for hint in hints]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pronk.engine.errors import InvalidParameterError
+from pronk.engine.grammar.notation import Notation
 from pronk.engine.grammar.place import QUOTE, JSONPlace
 from pronk.engine.grammar.schema import PARAM
 from pronk.engine.grammar.shortest import ByteTokenizer, Work, closing, shortest
@@ -30,7 +31,6 @@ _MOST_REPLAYED = 128
 _MOST_SEARCHED = 8
 _MANY = 1 << 40
 _WORK = 1_000
-_WORK_AT_START = 10_000
 
 _MOST_DIGITS = 20
 _MOST_EXPONENT = 2
@@ -128,28 +128,26 @@ class Matcher:
         tokens: Tokens,
         state: llguidance.LLMatcher,
         byte_state: llguidance.LLMatcher,
+        notation: Notation,
+        completion: list[int] | None,
         *,
-        jump: int,
-        hints: Sequence[Sequence[int]],
-        has_json: bool,
-        string_jump: int | None,
         eos_token_ids: frozenset[int],
     ) -> None:
-        """state, byte_state: of one grammar, at its beginning, over the tokens and over `tokens.in_bytes`; the others
-        are those of Notation."""
+        """state, byte_state: of the grammar in notation, at its beginning, over the tokens and over `tokens.in_bytes`;
+        completion: the shortest text that is known, as symbols."""
         self._tokens = tokens
         self._state = state
         self._byte_state = byte_state
         self._unread: list[int] = []  # symbols that byte_state has not consumed
-        self._jump = jump
-        self._hints = hints
-        self._place = JSONPlace() if has_json else None
-        self._string_jump = string_jump
+        self._jump = notation.jump
+        self._string_jump = notation.string_jump
+        self._hints = [list(hint.encode()) for hint in notation.hints]
+        self._place = JSONPlace() if notation.has_json else None
         self._eos_token_ids = eos_token_ids
         self._ended = False
         self._free = False
         self._vouched: dict[int, Completion] = {}
-        self._completion = self._as_completion(shortest(byte_state, self._place, hints, Work(_WORK_AT_START)))
+        self._completion = self._as_completion(completion)
         self._most = self._completion.cost if self._completion else 0
         """The shortest completion takes no more tokens than these; 0 while none is known."""
 

@@ -56,12 +56,9 @@ class Notation:
 
 def translate(grammar: Grammar) -> Notation:
     """Raises InvalidParameterError for what is not enforced, or wrong in a way that shows at once."""
-    if grammar.kind != "json" and len(grammar.text.encode(errors="replace")) > MAX_BYTES:
+    require_text(grammar)
+    if grammar.kind != "json" and len(grammar.text.encode()) > MAX_BYTES:
         raise _refusal(f"The {grammar.kind} has more than {MAX_BYTES} bytes; send a smaller one.")
-    try:
-        grammar.text.encode()
-    except UnicodeEncodeError:
-        raise _refusal(f"The {grammar.kind} holds a lone surrogate, which is no text.") from None
     match grammar.kind:
         case "json":
             return _of_schema(grammar.text)
@@ -74,6 +71,14 @@ def translate(grammar: Grammar) -> Notation:
             return _of_lark(grammar.text)
         case "gbnf":
             return _of_gbnf(grammar.text)
+
+
+def require_text(grammar: Grammar) -> None:
+    """Raises InvalidParameterError for a Python string that is no Unicode text."""
+    try:
+        grammar.text.encode()
+    except UnicodeEncodeError:
+        raise _refusal(f"The {grammar.kind} holds a lone surrogate, which is no text.") from None
 
 
 def _refusal(message: str) -> InvalidParameterError:

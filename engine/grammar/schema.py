@@ -26,15 +26,16 @@ PARAM = "structured_outputs"
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 100
 MAX_SCHEMAS = 20_000
-MAX_PROPERTIES = 5_000
-MAX_OPTIONAL = 1_000
-"""Of all objects together: what is left out or not costs the library the square of their number."""
+MAX_PROPERTIES = 2_000
+MAX_OPTIONAL = 400
+"""Of one object: what may be left out costs the library the square of its number."""
 MAX_ALTERNATIVES = 1_000
 MAX_VALUES = 4_096
 MAX_MULTIPLE = 5_000
 MAX_REPEATS = 10_000
 MAX_UNKNOWN = 100
 _MAX_WORK = 200_000
+_MOST_COMPARED = 100
 
 _ONE = ("items", "additionalItems", "additionalProperties")
 _LIST = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -112,6 +113,7 @@ def read_schema(text: str, *, options_allowed: bool = False) -> JSONSchema:
     walk = _Walk(schema)
     sizes = _Sizes(walk)
     jump = sizes.jump()
+    walk.rewrite()
     return JSONSchema(
         json.dumps(schema, ensure_ascii=False),
         jump=jump,
@@ -157,7 +159,7 @@ def _require_sane(schema: Any) -> None:
 
 
 class _Walk:
-    """Every schema inside one, checked, and rewritten in place where the library would be too loose.
+    """Every schema inside one, checked.
 
     schemas: place (a JSON pointer) -> schema. references: place -> the place that its `$ref` leads to.
     """
@@ -170,10 +172,11 @@ class _Walk:
         self.string_jump = 0
         self._has_mixed_alternatives = False
         self._has_given_strings = False
-        self._num_optional = 0
         self._num_properties = 0
         self._unknown: set[str] = set()
         self._anchors: dict[str, str] = {}
+        self._formats: list[dict[str, Any]] = []
+        self._exclusives: list[dict[str, Any]] = []
         self._collect()
         for place, schema in list(self.schemas.items()):
             if isinstance(schema, dict):
@@ -263,11 +266,10 @@ class _Walk:
         properties = _map(schema, "properties")
         required = _list(schema, "required")
         self._num_properties += len(properties)
-        self._num_optional += len(properties.keys() - {name for name in required if isinstance(name, str)})
         if self._num_properties > MAX_PROPERTIES:
             raise _refusal(f"The schema has more than {MAX_PROPERTIES} properties in all.")
-        if self._num_optional > MAX_OPTIONAL:
-            raise _refusal(f"The schema has more than {MAX_OPTIONAL} properties in all that are not required.")
+        if len(properties.keys() - {name for name in required if isinstance(name, str)}) > MAX_OPTIONAL:
+            raise _refusal(f"{place}/properties has more than {MAX_OPTIONAL} that are not required.")
         if _number(schema, "minProperties") > max(1, len(required)):
             # The library counts a name that comes twice as two properties.
             raise _refusal(
@@ -286,25 +288,36 @@ class _Walk:
         if any(text.startswith('"') for text in _values(schema) or ()):
             self._has_given_strings = True
         if "format" in schema:
-            self._rewrite_format(place, schema)
+            self._check_format(place, schema)
 
-    def _rewrite_format(self, place: str, schema: dict[str, Any]) -> None:
+    def _check_format(self, place: str, schema: dict[str, Any]) -> None:
         name = schema["format"]
-        types = _types(schema)
         if not isinstance(name, str):
             raise _refusal(f"{place}/format is not a string.")
-        if name in formats.INTEGERS and "string" not in types:
-            del schema["format"]
-            most = 2 ** formats.INTEGERS[name]
-            schema.setdefault("allOf", []).append({"minimum": -most, "maximum": most - 1})
-        elif name in formats.FLOATS and "string" not in types:
-            del schema["format"]
-        elif name in formats.PATTERNS:
-            del schema["format"]
-            schema.setdefault("allOf", []).append({"pattern": formats.PATTERNS[name]})
+        of_numbers = (name in formats.INTEGERS or name in formats.FLOATS) and "string" not in _types(schema)
+        if of_numbers or name in formats.PATTERNS:
+            self._formats.append(schema)
         elif name not in formats.ENFORCED:
             known = ", ".join(sorted(formats.ENFORCED))
             raise _refusal(f"{place}/format: '{name[:40]}' is not enforced; {known} are.")
+
+    def rewrite(self) -> None:
+        """Say in the library's words what it would take too loosely or not see. Places are others after it."""
+        for schema in self._formats:
+            name = schema.pop("format")
+            if name in formats.PATTERNS:
+                schema.setdefault("allOf", []).append({"pattern": formats.PATTERNS[name]})
+            elif name in formats.INTEGERS:
+                most = 2 ** formats.INTEGERS[name]
+                schema.setdefault("allOf", []).append({"minimum": -most, "maximum": most - 1})
+        for schema in self._exclusives:
+            # At most one of a oneOf can match, so that any does.
+            if "anyOf" in schema:
+                schema.setdefault("allOf", []).append({"anyOf": schema.pop("oneOf")})
+            else:
+                renamed = {"anyOf" if name == "oneOf" else name: part for name, part in schema.items()}
+                schema.clear()
+                schema.update(renamed)  # the order of keywords is that of properties
 
     def _resolve(self) -> None:
         for place, schema in list(self.schemas.items()):
@@ -340,13 +353,7 @@ class _Walk:
                         'or give each a required property with a "const" of its own.'
                     )
             if keyword == "oneOf":
-                # At most one can match, so that any does; the library would not see it through a reference.
-                if "anyOf" in schema:
-                    schema.setdefault("allOf", []).append({"anyOf": schema.pop("oneOf")})
-                else:
-                    renamed = {"anyOf" if name == "oneOf" else name: part for name, part in schema.items()}
-                    schema.clear()
-                    schema.update(renamed)  # the order of keywords is that of properties
+                self._exclusives.append(schema)
 
     def kinds(self, place: str) -> frozenset[str]:
         """Types that a value of the schema can have, or more of them; number stands for integer."""
@@ -377,15 +384,20 @@ class _Walk:
         """Whether a property, or the value itself, tells any two of the alternatives at `place` apart."""
         places = [f"{place}/{number}" for number in range(count)]
         labels = [self._labels(at) for at in places]
+        for name in labels[0]:
+            if all(name in others for others in labels):
+                values = [others[name] for others in labels]
+                if sum(map(len, values)) == len(frozenset().union(*values)):
+                    return True
+        if count > _MOST_COMPARED:
+            return False
         kinds = [self.kinds(at) for at in places]
-        for first in range(count):
-            for second in range(first):
-                if not kinds[first] & kinds[second]:
-                    continue
-                mine, theirs = labels[first], labels[second]
-                if not any(name in theirs and not values & theirs[name] for name, values in mine.items()):
-                    return False
-        return True
+        return all(
+            not kinds[first] & kinds[second]
+            or any(not values & labels[second].get(name, values) for name, values in labels[first].items())
+            for first in range(count)
+            for second in range(first)
+        )
 
     def _labels(self, place: str) -> dict[str, frozenset[str]]:
         """Required properties of an object that can have only some values -> these as JSON; "" is the value itself."""

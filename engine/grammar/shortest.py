@@ -13,13 +13,18 @@ from collections.abc import Sequence
 
 import llguidance
 
+from pronk.engine.errors import InvalidParameterError
+from pronk.engine.grammar.notation import Notation
 from pronk.engine.grammar.place import CLOSE_ARRAY, CLOSE_OBJECT, COMMA, QUOTE, JSONPlace
+from pronk.engine.grammar.schema import PARAM
 from pronk.engine.tokenizer import Vocabulary
 
 NUM_BYTES = 256
 _LONGEST_TOKEN = 16  # bytes; longer ones, of white space above all, are not worth the time
 _FEW = 32
 _LONGEST_TEXT = 1 << 18
+_STEPS_TO_ANY = 50_000
+_STEPS_TO_SHORTEST = 8_000
 
 # Of several bytes that may come next: what ends something, what is short, what begins something, what is odd.
 _ORDER = b"}])0123456789\"aebcdfghijklmnopqrstuvwxyz[ABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;-_/{+*!?@#$%&'()<=>^`|~ \n\t\r\\"
@@ -30,10 +35,15 @@ _OTHERS = 4
 
 
 class Work:
-    """How many steps a search may take."""
+    """How many steps a search may take. Steps and not time, so that it finds the same on any machine."""
 
     def __init__(self, steps: int) -> None:
-        self.left = steps
+        self._left = steps
+
+    def take(self) -> bool:
+        """Take a step. -> whether there was one."""
+        self._left -= 1
+        return self._left >= 0
 
 
 class ByteTokenizer:
@@ -103,18 +113,43 @@ class _Bytes:
         return list(text if isinstance(text, bytes) else text.encode())
 
 
+def start(tokenizer: llguidance.LLTokenizer, text: str) -> llguidance.LLMatcher:
+    """A grammar's state at the beginning of a text. text: the grammar, for the library.
+
+    Raises InvalidParameterError when the library cannot use it.
+    """
+    limits = llguidance.LLParserLimits(verbose_errors=False)
+    state = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
+    if state.is_error():
+        reason = " ".join(state.get_error().split())[:300].rstrip(".")
+        raise InvalidParameterError(f"The grammar cannot be used: {reason}.", PARAM)
+    return state
+
+
+def first_completion(state: llguidance.LLMatcher, notation: Notation) -> list[int] | None:
+    """The shortest text that is found at the beginning; None when none is. The same work wherever it is done."""
+    place = JSONPlace() if notation.has_json else None
+    hints = [list(hint.encode()) for hint in notation.hints]
+    found = closing(state, place, hints, Work(_STEPS_TO_ANY), _LONGEST_TEXT)
+    return shortest(state, place, hints, Work(_STEPS_TO_SHORTEST), found)
+
+
 def shortest(
-    state: llguidance.LLMatcher, place: JSONPlace | None, hints: Sequence[Sequence[int]], work: Work
+    state: llguidance.LLMatcher,
+    place: JSONPlace | None,
+    hints: Sequence[Sequence[int]],
+    work: Work,
+    best: list[int] | None = None,
 ) -> list[int] | None:
     """The shortest completion that is found: at each point where the text could go on in several ways, each is tried,
     and completed by `closing`.
 
-    -> its symbols; None when none is found.
+    best: one that is known. -> its symbols; None when none is found.
     """
-    best = closing(state, place, hints, work, _LONGEST_TEXT)
+    best = best if best is not None else closing(state, place, hints, work, _LONGEST_TEXT)
     state, place = state.deep_copy(), place.copy() if place else None
     done: list[int] = []
-    while work.left > 0 and not state.is_accepting():
+    while not state.is_accepting() and work.take():
         ways = _ways(state, place, hints, work)
         if len(ways) > 1:
             for way in ways:
@@ -151,7 +186,8 @@ def _ways(
         return [[symbol] for symbol in symbols]
     by_next: dict[bytes, int] = {}
     for symbol in symbols:
-        work.left -= 1
+        if not work.take():
+            break
         child = state.deep_copy()
         if child.consume_token(symbol):
             by_next.setdefault(child.compute_bitmask(), symbol)
@@ -172,10 +208,9 @@ def closing(
     # A state that comes again is left in another way each time, until something ends.
     seen: dict[bytes, int] = {}
     while not state.is_accepting():
-        work.left -= 1
         mask = state.compute_bitmask()
         symbols = _symbols(mask)
-        if not symbols or len(done) >= limit or work.left < 0:
+        if not symbols or len(done) >= limit or not work.take():
             return None
         following = [symbols[0]]
         if len(symbols) == 1:
