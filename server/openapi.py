@@ -1,7 +1,8 @@
 """The description of the API at /openapi.json: what the framework knows, made right by what holds for all of it.
 
-Every object of a request takes null for a field that may be left out, and an unknown field only as null; every answer
-that says no has one shape; a stream is another content type. Knows OpenAPI's form; no endpoint by name.
+Every object of a request takes null for a field that may be left out, and an unknown field only as null. What is
+described as refused can only be null, and kinds of objects that are refused are not described. Every answer that says
+no has one shape. Knows OpenAPI's form; no endpoint by name.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ Schema = dict[str, Any]
 
 STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 """For a route whose answer may also be a stream."""
+REFUSED = "Refused:"
+"""How the description begins of a field that is known and not served, or of the `type` of such an object."""
 ERROR = {
     "type": "object",
     "description": "What every answer that says no is made of.",
@@ -66,11 +69,32 @@ def complete(document: Schema, *, open_paths: Collection[str] = ()) -> Schema:
 def _hoisted(schema: Schema, schemas: dict[str, Schema]) -> Schema:
     """-> the schema, with its definitions where its references look for them."""
     own = dict(schema)
-    for name, definition in own.pop("$defs", {}).items():
-        told = _with_nulls(definition)
+    definitions = own.pop("$defs", {})
+    refused = {f"#/components/schemas/{name}" for name, definition in definitions.items() if _is_refused(definition)}
+    for name, definition in definitions.items():
+        if _is_refused(definition):
+            continue
+        told = _with_nulls(_without(definition, refused))
         if schemas.setdefault(name, told) != told:
             raise DescriptionError(f"two bodies are called {name}: rename one of the classes")
-    return _with_nulls(own)
+    return _with_nulls(_without(own, refused))
+
+
+def _is_refused(definition: Schema) -> bool:
+    return str(definition.get("properties", {}).get("type", {}).get("description", "")).startswith(REFUSED)
+
+
+def _without(part: Any, references: Collection[str]) -> Any:
+    """-> the part of a schema, in which no reference to one of these is left to choose."""
+    if isinstance(part, dict):
+        return {key: _without(value, references) for key, value in part.items() if key != "discriminator"}
+    if isinstance(part, list):
+        return [_without(one, references) for one in part if not _refers(one, references)]
+    return part
+
+
+def _refers(part: Any, references: Collection[str]) -> bool:
+    return isinstance(part, dict) and part.get("$ref") in references
 
 
 def _with_nulls(schema: Schema) -> Schema:
@@ -90,6 +114,8 @@ def _with_nulls(schema: Schema) -> Schema:
 
 
 def _nullable(schema: Schema) -> Schema:
+    if schema.get("description", "").startswith(REFUSED):
+        return {"type": "null", "description": schema["description"]}
     kinds = schema.get("anyOf", [])
     if {"type": "null"} in kinds or not (schema.keys() & {"type", "$ref", "anyOf", "oneOf", "const", "enum"}):
         return schema

@@ -121,10 +121,19 @@ def test_null_and_absent_are_the_same_in_the_description_too(body: type[Body]) -
     complete({"paths": {"/": {"post": {"responses": {}, "requestBody": own}}}})
     told = own["content"]["application/json"]["schema"]
     for name, field in told.get("properties", {}).items():
-        takes_null = {"type": "null"} in field.get("anyOf", ()) or not field.keys() & {"type", "$ref", "oneOf", "const"}
+        is_anything = not field.keys() & {"type", "$ref", "oneOf", "const"}
+        takes_null = {"type": "null"} in field.get("anyOf", ()) or field.get("type") == "null" or is_anything
         assert takes_null == (name not in told.get("required", ())), name
     if body.model_config["extra"] == "forbid":
         assert told["additionalProperties"] == {"type": "null"}
+
+
+def test_what_is_refused_is_described_as_null_or_not_at_all() -> None:
+    text = json.dumps(DOCUMENT)
+    assert '"image_url"' not in text
+    fields = DOCUMENT["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert fields["properties"]["audio"]["type"] == "null"
+    assert fields["properties"]["user"] != {"type": "null"}
 
 
 async def test_the_server_gives_its_description(connect: Connect) -> None:
