@@ -269,7 +269,7 @@ class Matcher:
         for token, rest in self._beginnings(completion):
             if rest.cost <= left:
                 self._vouched[token] = rest
-        if self._free and completion.cost + (self._string_jump or 0) <= left:
+        if self._free and not self._string_jump and completion.cost <= left:
             kept |= self._tokens.plain
         for token in self._vouched:
             _set(kept, token, _bit(words, token))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import llguidance
 from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -18,15 +17,12 @@ from pronk.engine.grammar import regex
 from pronk.engine.grammar.schema import PARAM, read_schema
 from pronk.engine.request import Grammar
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
 MAX_BYTES = 1 << 16
 """Of a regular expression or a grammar; a JSON schema has a limit of its own."""
 MAX_CHOICES = 4_096
 
 # At most one space, and only after a comma or a colon, as models write it.
-_JSON_STYLE: JsonCompileOptions = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
+_JSON_STYLE = {"item_separator": ", ?", "key_separator": ": ?", "whitespace_flexible": False}
 
 _OF_FORMATS = ("@", ":", "://", "::", ".", "-")  # pieces of text that formats ask for
 
@@ -63,8 +59,8 @@ def translate(grammar: Grammar) -> Notation:
         case "json":
             return _of_schema(grammar.text)
         case "regex":
-            text = llguidance.LLMatcher.grammar_from_regex(grammar.text)
-            return Notation(text, regex.shortest_at_most(grammar.text), regex.literals(grammar.text))
+            text = f"start: /{regex.between_slashes(grammar.text)}/"
+            return Notation(_library(text), regex.shortest_at_most(grammar.text), regex.literals(grammar.text))
         case "choice":
             return _of_choices(grammar.text)
         case "lark":
@@ -85,14 +81,21 @@ def _refusal(message: str) -> InvalidParameterError:
     return InvalidParameterError(message, PARAM)
 
 
+def _library(lark: str) -> str:
+    """The library would let only one spelling in tokens of a text that is given; which one it is, is the model's."""
+    return llguidance.LLMatcher.grammar_from_lark(lark + '\n%llguidance {"no_forcing": true}\n')
+
+
 def _of_schema(text: str) -> Notation:
     schema = read_schema(text)
-    try:
-        translated = llguidance.LLMatcher.grammar_from_json_schema(schema.text, overrides=_JSON_STYLE)
-    except ValueError as error:
-        raise _refusal(f"The schema cannot be read: {str(error)[:200]}.") from error
     hints = (*_OF_FORMATS, *regex.literals("|".join(schema.patterns)))
-    return Notation(translated, schema.jump, hints, has_json=True, string_jump=schema.string_jump)
+    return Notation(
+        _library("start: %json " + _styled(schema.text)),
+        schema.jump,
+        hints,
+        has_json=True,
+        string_jump=schema.string_jump,
+    )
 
 
 def _of_choices(text: str) -> Notation:
@@ -109,7 +112,7 @@ def _of_choices(text: str) -> Notation:
     except UnicodeEncodeError:
         raise _refusal("choice holds a lone surrogate, which is no text.") from None
     lark = "start: " + " | ".join(_literal(choice) for choice in dict.fromkeys(choices))
-    return Notation(llguidance.LLMatcher.grammar_from_lark(lark), longest)
+    return Notation(_library(lark), longest)
 
 
 def _literal(text: str) -> str:
@@ -132,7 +135,7 @@ def _of_lark(text: str) -> Notation:
         place = end
     parts.append(text[place:])
     rules = "".join(parts[::3])
-    translated = llguidance.LLMatcher.grammar_from_lark("".join(parts))
+    translated = _library("".join(parts))
     hints = (*_OF_FORMATS, *regex.literals(rules))
     return Notation(translated, jump + regex.shortest_at_most(rules), hints, has_json=len(parts) > 1)
 

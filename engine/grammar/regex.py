@@ -12,8 +12,10 @@ from pronk.engine.errors import InvalidParameterError
 MOST = 1 << 40
 """Sizes stop growing here."""
 
+_ENDING = re.compile(r"\\.|/|\n", re.DOTALL)
+_ESCAPES = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
 _COUNT = re.compile(r"\{(\d*)(,?)(\d*)\}")
-_LITERAL = re.compile(r"[^\W_]{2,64}|(?<=\\)[^\w\s]|[@:/,;#%&=!~<>'-]")
+_LITERAL = re.compile(r"[^\W_]{1,64}|(?<=\\)[^\w\s]|[@:/,;#%&=!~<>'-]")
 _MOST_LITERALS = 24
 _MOST_READ = 10_000
 _CHARACTER = 2  # bytes, in JSON, of the shortest of the characters that a class or a dot stands for
@@ -21,6 +23,11 @@ _ESCAPED = 6  # of a control character in JSON
 _OPEN = re.compile(r"\.|\[\^|\\[DSWPpBb]|\(\?[^:]")
 # In a class of Rust's syntax these intersect, subtract and so on; in every other they are characters.
 _SET_OPERATORS = ("&&", "--", "~~")
+
+
+def between_slashes(pattern: str) -> str:
+    """As Lark writes it: a slash and a line break, which would end it there, escaped."""
+    return _ENDING.sub(lambda found: _ESCAPES.get(found[0], found[0]), pattern)
 
 
 def shortest_at_most(pattern: str) -> int:

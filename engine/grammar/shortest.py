@@ -9,6 +9,8 @@ Beside the 256 bytes, a symbol may be a special token: symbol 256 is the one wit
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 from collections.abc import Sequence
 
 import llguidance
@@ -22,6 +24,8 @@ from pronk.engine.tokenizer import Vocabulary
 NUM_BYTES = 256
 _LONGEST_TOKEN = 16  # bytes; longer ones, of white space above all, are not worth the time
 _FEW = 32
+_LISTING = re.compile(r"\s*\d+ \| |<non-verbose/>")
+_PHRASES = ("at 1(8): ", "failed to compile JSON schema: ", " (in regex)")
 _LONGEST_TEXT = 1 << 18
 _STEPS_TO_ANY = 50_000
 _STEPS_TO_SHORTEST = 8_000
@@ -121,9 +125,17 @@ def start(tokenizer: llguidance.LLTokenizer, text: str) -> llguidance.LLMatcher:
     limits = llguidance.LLParserLimits(verbose_errors=False)
     state = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if state.is_error():
-        reason = " ".join(state.get_error().split())[:300].rstrip(".")
-        raise InvalidParameterError(f"The grammar cannot be used: {reason}.", PARAM)
+        raise InvalidParameterError(f"The grammar cannot be used: {_reason(state.get_error())}.", PARAM)
     return state
+
+
+def _reason(message: str) -> str:
+    """The library's message in one line, without its listing of the grammar, most of which the client did not write."""
+    lines = itertools.takewhile(lambda line: not _LISTING.match(line), message.splitlines())
+    reason = " ".join(" ".join(lines).split())
+    for phrase in _PHRASES:
+        reason = reason.replace(phrase, "")
+    return reason[:300].rstrip(". ")
 
 
 def first_completion(state: llguidance.LLMatcher, notation: Notation) -> list[int] | None:
