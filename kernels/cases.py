@@ -250,6 +250,29 @@ def paged(
     return tables, LayerCache(*caches)
 
 
+def in_float8(cache: LayerCache) -> LayerCache:
+    """The same numbers, rounded to float8 with a scale for each token and head, as `LayerCache` says."""
+
+    def rounded_side(side: Tensor) -> tuple[Tensor, Tensor]:
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scales = (side.float().abs().amax(-1) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+        scaled = (side.float() / scales.unsqueeze(-1)).clamp(-largest, largest)
+        return scaled.to(torch.float8_e4m3fn), scales
+
+    (keys, key_scales), (values, value_scales) = rounded_side(cache.keys), rounded_side(cache.values)
+    return LayerCache(keys, values, key_scales, value_scales)
+
+
+def exact(cache: LayerCache) -> LayerCache:
+    """The numbers that a cache stands for, in float64 and without scales."""
+    if cache.key_scales is None or cache.value_scales is None:
+        return LayerCache(cache.keys.double(), cache.values.double())
+    return LayerCache(
+        cache.keys.double() * cache.key_scales.double().unsqueeze(-1),
+        cache.values.double() * cache.value_scales.double().unsqueeze(-1),
+    )
+
+
 def rope_inputs(case: RopeCase, dtype: torch.dtype, seed: int) -> RopeInputs:
     """Positions up to 2000, turned by Llama 3's frequencies without their scaling."""
     source = generator(seed)
@@ -309,12 +332,19 @@ def rope_bound(x: Tensor, cos_sin: Tensor, expected: Tensor, dtype: torch.dtype)
     return rounded(expected, 2 * FLOAT32_ROUNDOFF * magnitudes, dtype)
 
 
-def attention_bound(inputs: AttentionInputs, expected: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_bound(
+    inputs: AttentionInputs, expected: Tensor, dtype: torch.dtype, weights: torch.dtype = torch.float32
+) -> Tensor:
     """expected [T, Q, D]. A score, a sum of D products of magnitude at most |q| · |k| · D^-1/2, is off by `score`; so
     is, relatively, its weight, and the sum of weights that divides it. Numerator and denominator are sums of as many
     terms as the sequence has keys; a merge of splits adds two roundings each, which these sums' bound leaves room for.
+
+    weights: the format that weights are rounded to before they meet the values. Each is off by u · weight then, and so
+    are the two sums; where it is less than the smallest normal number, by half of the smallest there is, for each of a
+    split's 256 keys, of which at least one has a weight near 1.
     """
-    q, keys, values = inputs.q.double(), inputs.cache.keys.double(), inputs.cache.values.double()
+    cache = exact(inputs.cache)
+    q, keys, values = inputs.q.double(), cache.keys, cache.values
     plan = reference.plan_attention(inputs.queries, num_heads=q.shape[1], cache=inputs.cache)
     mean_magnitude = reference.attention(q, LayerCache(keys, values.abs()), plan)
     head_dim = q.shape[-1]
@@ -322,4 +352,9 @@ def attention_bound(inputs: AttentionInputs, expected: Tensor, dtype: torch.dtyp
     scores = q.norm(dim=-1, keepdim=True) * longest_key * head_dim**-0.5
     score = (sum_error(head_dim) + 4 * FLOAT32_ROUNDOFF) * scores
     sums = 2 * sum_error(int(inputs.queries.context_lens.max()))
-    return rounded(expected, (2 * score + sums) * mean_magnitude, dtype)
+    error = (2 * score + sums) * mean_magnitude
+    if weights != torch.float32:
+        finfo = torch.finfo(weights)
+        tiny = 256 * finfo.smallest_normal * finfo.eps * values.abs().nan_to_num(0.0).max()
+        error += roundoff(weights) * (mean_magnitude + expected.abs()) + tiny
+    return rounded(expected, error, dtype)

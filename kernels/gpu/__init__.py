@@ -12,6 +12,7 @@ except ImportError as error:
     raise ImportError("the GPU kernels need Triton: pip install 'triton>=3.6', or choose --device cpu") from error
 
 from pronk.kernels.gpu.activation import silu_mul_rows as silu_mul
+from pronk.kernels.gpu.attention import attention, plan_attention
 from pronk.kernels.gpu.device import check_device, describe
 from pronk.kernels.gpu.embedding import embedding
 from pronk.kernels.gpu.linear import (
@@ -30,6 +31,7 @@ del _triton
 __all__ = [
     "WEIGHT_FORMATS",
     "add_rms_norm",
+    "attention",
     "check_device",
     "describe",
     "embedding",
@@ -38,6 +40,7 @@ __all__ = [
     "linear_rope_and_cache",
     "linear_silu_mul",
     "pack",
+    "plan_attention",
     "rms_norm",
     "rope_and_cache",
     "silu_mul",
