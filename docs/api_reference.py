@@ -155,22 +155,27 @@ def _kind(schema: Schema) -> str:
         return " or ".join(_kind(part) for part in several)
     kind = schema.get("type", "anything")
     if kind == "array":
-        return f"list of {_kind(schema.get('items', {}))}{_bounds(schema, 'minItems', 'maxItems')}"
+        return f"list of {_kind(schema.get('items', {}))}{_bounds(schema, 'minItems', 'maxItems', ' items')}"
     if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
         return f"object of {_kind(schema['additionalProperties'])}"
     if kind == "string":
         pattern = f" like `{schema['pattern']}`" if "pattern" in schema else ""
-        return f"string{pattern}{_bounds(schema, 'minLength', 'maxLength')}"
-    return f"{kind}{_bounds(schema, 'minimum', 'maximum')}"
+        return f"string{pattern}{_bounds(schema, 'minLength', 'maxLength', ' characters')}"
+    form = f" ({schema['format']})" if "format" in schema else ""
+    return f"{kind}{form}{_bounds(schema, 'minimum', 'maximum')}"
 
 
-def _bounds(schema: Schema, least: str, most: str) -> str:
+def _bounds(schema: Schema, least: str, most: str, unit: str = "") -> str:
     low, high = schema.get(least), schema.get(most)
+    if "exclusiveMinimum" in schema:
+        return f", more than {schema['exclusiveMinimum']:g}, at most {high:g}"
     if low is None and high is None:
         return ""
     if high is None:
-        return f", at least {low:g}"
-    return f", at most {high:g}" if low is None else f", {low:g} to {high:g}"
+        return f", at least {low:g}{unit}"
+    if low is None:
+        return f", at most {high:g}{unit}"
+    return f", {low:g}{unit}" if low == high else f", {low:g} to {high:g}{unit}"
 
 
 def _literal(value: Any) -> str:

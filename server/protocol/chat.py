@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from pronk.engine.request import MAX_LOGPROBS, Grammar
 from pronk.server.chat.tools import ToolCalls
 from pronk.server.errors import INVALID_VALUE, APIError
-from pronk.server.protocol.common import Body, refuse
+from pronk.server.protocol.common import Body, refuse, told
 from pronk.server.protocol.messages import Messages, check_messages, plain_messages
 from pronk.server.protocol.sampling import SamplingFields, first
 from pronk.server.protocol.tools import FunctionCallChoice, Functions, ToolChoice, Tools, read_tools
@@ -114,7 +114,9 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="How many of the most likely tokens to tell as well."
     )
-    modalities: list[str] | None = Field(None, description='Only ["text"].')
+    modalities: Annotated[list[str], told("array", items={"const": "text"}, minItems=1, maxItems=1)] | None = Field(
+        None, description='Only ["text"].'
+    )
     verbosity: str | None = Field(None, description='Only "medium", which changes nothing.')
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = Field(
         None, description="flex: let requests of other tiers go first; the others are alike."

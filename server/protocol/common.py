@@ -6,10 +6,10 @@ the field out, and a field that is not declared is an error.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails
 
 from pronk.server.errors import (
@@ -44,6 +44,15 @@ class Body(BaseModel):
 
     def check(self) -> None:
         """What the types cannot say. Raises APIError; called once on the outermost object."""
+
+
+def told(kind: str, **rules: Any) -> WithJsonSchema:
+    """For Annotated: how a value is described whose rules are kept elsewhere, in JSON schema's words."""
+    return WithJsonSchema({"type": kind, **rules})
+
+
+Share = Annotated[float, told("number", minimum=0, maximum=1)]
+Temperature = Annotated[float, told("number", minimum=0, maximum=2)]
 
 
 class StreamOptions(Body):

@@ -14,7 +14,7 @@ from pronk.engine.model.config import GenerationDefaults
 from pronk.engine.request import MAX_LOGPROBS, Grammar, SamplingParams
 from pronk.server.chat.tools import Choice, Function, ToolCalls
 from pronk.server.errors import INVALID_VALUE, APIError
-from pronk.server.protocol.common import Body, refuse
+from pronk.server.protocol.common import Body, Share, Temperature, refuse
 from pronk.server.protocol.formats import ANY_OBJECT, NAME_PATTERN, json_schema_grammar
 from pronk.server.protocol.messages import MAX_ITEMS
 from pronk.server.protocol.sampling import first
@@ -358,8 +358,8 @@ class ResponseRequest(PromptFields):
     max_output_tokens: int | None = Field(
         None, ge=1, description="Length of the answer at most. Default: as much as the context holds."
     )
-    temperature: float | None = Field(None, description="0 to 2; 0 chooses the most likely token.")
-    top_p: float | None = Field(None, description="0 to 1: the share of probability that tokens are drawn from.")
+    temperature: Temperature | None = Field(None, description="0 to 2; 0 chooses the most likely token.")
+    top_p: Share | None = Field(None, description="0 to 1: the share of probability that tokens are drawn from.")
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="How many of the most likely tokens to tell, with include."
     )

@@ -14,10 +14,10 @@ from pydantic import BeforeValidator, Field
 
 from pronk.engine.errors import InvalidParameterError
 from pronk.engine.model.config import GenerationDefaults
-from pronk.engine.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, SamplingParams
+from pronk.engine.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP, Grammar, SamplingParams
 from pronk.engine.tokenizer import Tokenizer
 from pronk.server.errors import INVALID_VALUE, APIError
-from pronk.server.protocol.common import Body, StreamOptions, refuse
+from pronk.server.protocol.common import Body, Share, StreamOptions, Temperature, refuse, told
 from pronk.server.protocol.formats import ResponseFormat, StructuredOutputs, format_grammar, structured_grammar
 
 MAX_CHOICES = 128
@@ -43,7 +43,21 @@ def _few_biases(value: Any) -> Any:
     return value
 
 
-Bias = Annotated[dict[str, float], BeforeValidator(_few_biases)]
+Bias = Annotated[
+    dict[str, float],
+    BeforeValidator(_few_biases),
+    told(
+        "object",
+        maxProperties=MAX_LOGIT_BIAS,
+        propertyNames={"pattern": "^[0-9]{1,9}$"},
+        additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+    ),
+]
+Penalty = Annotated[float, told("number", minimum=-2, maximum=2)]
+Seed = Annotated[int, told("integer", format="int64")]
+StopText = Annotated[str, told("string", minLength=1)]
+StopTexts = Annotated[Strings, told("array", items={"type": "string", "minLength": 1}, maxItems=MAX_STOP)]
+SomeTokenIds = Annotated[TokenIds, told("array", items={"type": "integer", "minimum": 0}, minItems=1)]
 
 
 class SamplingFields(Body):
@@ -54,29 +68,35 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     max_tokens: int | None = Field(None, ge=0, description="Length of an answer at most.")
 
-    temperature: float | None = Field(None, description="0 to 2; 0 chooses the most likely token.")
-    top_p: float | None = Field(None, description="0 to 1: the share of probability that tokens are drawn from.")
+    temperature: Temperature | None = Field(None, description="0 to 2; 0 chooses the most likely token.")
+    top_p: Share | None = Field(None, description="0 to 1: the share of probability that tokens are drawn from.")
     n: int | None = Field(
         None,
         ge=1,
         le=MAX_CHOICES,
         description="How many answers to make. Choice i is that of a single request with a seed higher by i.",
     )
-    stop: str | Strings | None = Field(None, description="Up to 16 texts that end the answer; not part of it.")
-    seed: int | None = Field(None, description="The same request with the same seed gets the same answer.")
-    presence_penalty: float | None = Field(None, description="-2 to 2.")
-    frequency_penalty: float | None = Field(None, description="-2 to 2.")
+    stop: StopText | StopTexts | None = Field(None, description="Up to 16 texts that end the answer; not part of it.")
+    seed: Seed | None = Field(None, description="The same request with the same seed gets the same answer.")
+    presence_penalty: Penalty | None = Field(None, description="-2 to 2.")
+    frequency_penalty: Penalty | None = Field(None, description="-2 to 2.")
     logit_bias: Bias | None = Field(None, description="Token id, as text, to a bias from -100 to 100.")
 
-    top_k: int | None = Field(None, description="Draw from this many tokens; 0 or -1: all.")
-    min_p: float | None = Field(None, description="0 to 1: drop tokens below this share of the likeliest one.")
-    repetition_penalty: float | None = Field(None, description="More than 0; 1 changes nothing.")
-    min_tokens: int | None = Field(None, description="No end before the answer has this many tokens.")
+    top_k: Annotated[int, told("integer", format="int32", minimum=-1)] | None = Field(
+        None, description="Draw from this many tokens; 0 or -1: all."
+    )
+    min_p: Share | None = Field(None, description="0 to 1: drop tokens below this share of the likeliest one.")
+    repetition_penalty: Annotated[float, told("number", exclusiveMinimum=0, maximum=100)] | None = Field(
+        None, description="More than 0; 1 changes nothing."
+    )
+    min_tokens: Annotated[int, told("integer", format="int32", minimum=0)] | None = Field(
+        None, description="No end before the answer has this many tokens."
+    )
     ignore_eos: bool = Field(False, description="Go on after the model's own end.")
     stop_token_ids: TokenIds | None = Field(None, description="Further tokens that end the answer.")
     include_stop_str_in_output: bool = Field(False, description="Keep the stop text in the answer.")
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the answer's text.")
-    allowed_token_ids: TokenIds | None = Field(None, description="Choose among these tokens only.")
+    allowed_token_ids: SomeTokenIds | None = Field(None, description="Choose among these tokens only.")
     bad_words: Strings | None = Field(
         None,
         description="Texts that the answer is kept from: their usual tokens, with and without a space before them, "
@@ -94,17 +114,19 @@ class SamplingFields(Body):
     response_format: ResponseFormat | None = Field(None, description="What form the answer's text must have.")
     structured_outputs: StructuredOutputs | None = Field(None, description="As response_format, with more forms.")
 
-    prompt_logprobs: int | None = Field(
+    prompt_logprobs: Annotated[int, told("integer", minimum=0, maximum=MAX_LOGPROBS)] | None = Field(
         None, description="0 to 20: tell the log probability of each token of the prompt, and of so many others."
     )
-    truncate_prompt_tokens: int | None = Field(
+    truncate_prompt_tokens: Annotated[int, told("integer", minimum=-1)] | None = Field(
         None, description="Keep only so many of the prompt's last tokens; -1: as many as fit."
     )
     return_token_ids: bool = Field(False, description="Tell the ids of the tokens of prompt and answer.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT)] | None = Field(
         None, description="Share the prefix cache only with requests of the same key and the same salt."
     )
-    priority: int | None = Field(None, description="Requests with lower numbers run first. Default 0.")
+    priority: Annotated[int, told("integer", format="int32")] | None = Field(
+        None, description="Requests with lower numbers run first. Default 0."
+    )
     timings: bool = Field(False, description="Tell where the time went; the parts sum up to the whole.")
 
     def check(self) -> None:
