@@ -31,7 +31,7 @@ MAX_OPTIONAL = 400
 """Of one object: what may be left out costs the library the square of its number."""
 MAX_ALTERNATIVES = 1_000
 MAX_VALUES = 4_096
-MAX_MULTIPLE = 5_000
+MAX_MULTIPLE = 1_000
 MAX_REPEATS = 10_000
 MAX_UNKNOWN = 100
 _MAX_WORK = 200_000

@@ -36,6 +36,8 @@ _RANK = {byte: rank for rank, byte in enumerate(dict.fromkeys(_ORDER))}
 # In a string that must go on, letters make the fewest tokens.
 _FILL = b"aeb0123456789"
 _OTHERS = 4
+_DIGITS = b"0123456789"
+_MOST_DIGITS_TRIED = 3
 
 
 class Work:
@@ -230,6 +232,8 @@ def closing(
         elif (at_once := _at_once(mask, place)) is not None:
             seen.clear()
             following = [at_once]
+        elif place and place.digits and (end := _end_of_number(state, place, work)):
+            following = end
         else:
             visit = seen.get(mask, 0)
             seen[mask] = visit + 1
@@ -240,6 +244,24 @@ def closing(
             place.feed(following)
         done += following
     return done if len(done) <= limit else None
+
+
+def _end_of_number(state: llguidance.LLMatcher, place: JSONPlace, work: Work) -> list[int] | None:
+    """The fewest digits after which a number that cannot end here can, as where it has to be a multiple of another."""
+    last: list[tuple[llguidance.LLMatcher, list[int]]] = [(state, [])]
+    for _ in range(_MOST_DIGITS_TRIED):
+        following = []
+        for before, digits in last:
+            for digit in _DIGITS:
+                if not work.take():
+                    return None
+                child = before.deep_copy()
+                if child.validate_tokens([digit]) and child.consume_token(digit):
+                    if child.is_accepting() or _at_once(child.compute_bitmask(), place) is not None:
+                        return [*digits, digit]
+                    following.append((child, [*digits, digit]))
+        last = following
+    return None
 
 
 def _nth_way(
