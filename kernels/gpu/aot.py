@@ -124,7 +124,7 @@ def _read(cubin: bytes) -> dict[str, int]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
-        code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", str(path))
+        code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", str(path))
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": resources["REG"],

@@ -208,7 +208,8 @@ def linear_argmax(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
 
 def _compilations() -> list[Compilation]:
     """In bfloat16: the plain product of each tile that the 1B, the 3B and the 8B have; for what is fused with it, and
-    for each format, the smallest tile and the largest. All others are made of the same parts."""
+    for each format, the smallest tile and the largest. All others are made of the same parts. The tiles in between are
+    compiled for Hopper alone, and heads of 128 too."""
     found: dict[str, Compilation] = {}
 
     def add(
@@ -216,7 +217,8 @@ def _compilations() -> list[Compilation]:
     ) -> None:
         launch = launch_for(num_rows, n, k, format, torch.bfloat16, UNLIMITED)
         name = f"{layer}-{format}-{launch.constants['BLOCK_M']}x{launch.constants['BLOCK_N']}"
-        found.setdefault(name, _compilation(name, kernel, format, launch, own))
+        others = (80, 100) if num_rows in (1, 2048) and own.get("HEAD_DIM") != 128 else ()
+        found.setdefault(name, _compilation(name, kernel, format, launch, own, others))
 
     for num_rows in (1, 32, 64, 256, 2048):
         for hidden in (2048, 3072, 4096):
@@ -247,7 +249,10 @@ def _compilations() -> list[Compilation]:
     return [*found.values(), largest]
 
 
-def _compilation(name: str, kernel: Any, format: WeightFormat, launch: Launch, own: Mapping[str, Any]) -> Compilation:
+def _compilation(
+    name: str, kernel: Any, format: WeightFormat, launch: Launch, own: Mapping[str, Any], others: tuple[int, ...]
+) -> Compilation:
+    """others: what it is compiled for beside Hopper."""
     data = {"plain": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}[format]
     signature = {"x_ptr": "*bf16", "x_stride": "i32", "w_ptr": data, "scales_ptr": "*fp32", "out_ptr": "*bf16"}
     signature |= {"num_rows": "i32", "num_outputs": "i32", "num_inputs": "i32", "positions_ptr": "*i64"}
@@ -263,7 +268,7 @@ def _compilation(name: str, kernel: Any, format: WeightFormat, launch: Launch, o
         num_stages=launch.num_stages,
         options={"enable_fp_fusion": False},
         divisible=("x_stride", "num_outputs", "num_inputs"),
-        targets=(90, 100) if format == "fp8" else (80, 90, 100),
+        targets=tuple(sorted({90, *others} - ({80} if format == "fp8" else set()))),
         expects_tensor_cores=True,
     )
 

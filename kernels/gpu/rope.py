@@ -145,7 +145,7 @@ def _num_warps(head_dim: int) -> int:
 
 
 def _compilations() -> list[Compilation]:
-    """The 1B and the 3B, whose heads are also the 8B's."""
+    """The 1B, and on Hopper the 3B, whose heads are also the 8B's."""
     types = {"qkv_ptr": "*bf16", "positions_ptr": "*i64", "cos_sin_ptr": "*fp32", "slots_ptr": "*i64"}
     types["queries_ptr"] = "*bf16"
     found = []
@@ -153,6 +153,7 @@ def _compilations() -> list[Compilation]:
         constants = {"NUM_HEADS": num_heads, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "BLOCK_SIZE": 16, "HEADS": HEADS}
         for cache in ("bf16", "fp8"):
             scaled = cache == "fp8"
+            targets = (90,) if model == "3b" else (90, 100) if scaled else (80, 90, 100)
             scales = dict.fromkeys(("key_scales_ptr", "value_scales_ptr"), "*fp32" if scaled else None)
             caches = dict.fromkeys(("keys_ptr", "values_ptr"), "*fp8e4nv" if scaled else "*bf16")
             pointers = {**caches, **{key: kind for key, kind in scales.items() if kind is not None}}
@@ -164,7 +165,7 @@ def _compilations() -> list[Compilation]:
                     constants=constants if scaled else {**constants, **scales},
                     num_warps=_num_warps(head_dim),
                     options={"enable_fp_fusion": False},
-                    targets=(90, 100) if scaled else (80, 90, 100),
+                    targets=targets,
                 )
             )
     return found
