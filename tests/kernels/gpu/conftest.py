@@ -1,8 +1,10 @@
 """Where the tests of kernels/gpu run: on a CUDA device if there is one, else in Triton's interpreter.
 
 A process has one of the two, since a kernel is interpreted or compiled from its definition on. Tests here import
-nothing but torch, triton, numpy, pytest and pronk.kernels, so that a GPU machine needs no more:
-`pytest -m gpu tests/kernels/gpu`.
+nothing but torch, triton, numpy, pytest and pronk.kernels, so that a GPU machine needs no more. All of it is
+`pytest -m gpu`; where pytest is bare, without the plugins that pyproject.toml sets up, these tests are
+
+    pytest -o addopts= --import-mode=importlib -W ignore::pytest.PytestConfigWarning -m gpu tests/kernels/gpu
 """
 
 from __future__ import annotations
@@ -16,8 +18,14 @@ import torch
 
 from pronk.kernels import interpreter
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fresh memory is filled in torch's deterministic mode alone, which warns of some of torch's own operations."""
+    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
+
+
 if torch.cuda.is_available():
-    # Without it torch's own products refuse to run while fresh memory is filled.
+    # Without it torch's own products warn in that mode too.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 else:
     interpreter.install()
@@ -45,7 +53,7 @@ def compiling() -> dict[str, str]:
 def _fresh_memory_is_nan() -> Iterator[None]:
     """torch fills what it allocates with NaN, or the largest integer, in this mode: what a kernel leaves out shows."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
 

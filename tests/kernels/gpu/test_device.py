@@ -44,7 +44,10 @@ def test_a_device_that_will_not_do(
 
 
 def test_without_triton(compiling: dict[str, str]) -> None:
-    program = "import sys; sys.modules['triton'] = None\nimport pronk.kernels.gpu"
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from pronk.kernels import for_device; for_device('cpu'); import pronk.kernels.gpu"
+    )
     run = subprocess.run([sys.executable, "-c", program], env=compiling, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
     assert "the GPU kernels need Triton: pip install 'triton>=3.6', or choose --device cpu" in run.stderr
