@@ -158,24 +158,25 @@ def as_bytes(cache: LayerCache) -> list[Tensor]:
 @each_rope
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "float8"])
 def test_rope_and_cache_has_the_definitions_bits(device: str, case: RopeCase, dtype: torch.dtype, scaled: bool) -> None:
-    """Every operation in it is rounded once by rule, so nothing is left to differ: queries, caches and scales. One
-    token in three is not written."""
+    """Every operation in it is rounded once by rule, so nothing is left to differ: queries, caches and scales. The
+    definition runs on the CPU: on a GPU torch divides by a number by multiplying with its inverse. One token in three
+    is not written."""
     inputs = cases.rope_inputs(case, dtype, seed=7)
-    qkv, positions, cos_sin, slots = (
-        tensor.to(device) for tensor in (inputs.qkv, inputs.positions, inputs.cos_sin, inputs.slots)
-    )
-    slots[::3] = -1
-    qkv[1, : case.heads.head_dim] = 0
-    qkv[1, -case.heads.head_dim :] = 0  # a head whose scale is the smallest there is
-    kept = qkv.clone()
+    arguments = (inputs.qkv, inputs.positions, inputs.cos_sin, inputs.slots)
+    inputs.slots[::3] = -1
+    inputs.qkv[1, : case.heads.head_dim] = 0
+    inputs.qkv[1, -case.heads.head_dim :] = 0  # a head whose scale is the smallest there is
+    on_device = [tensor.to(device) for tensor in arguments]
+    kept = inputs.qkv.clone()
     storage = torch.float8_e4m3fn if scaled else dtype
-    actual, expected = (empty_cache(inputs.cache_shape, storage, device, scaled) for _ in range(2))
-    queries = rope_and_cache(qkv, positions, cos_sin, slots, actual)
-    definition = reference.rope_and_cache(qkv, positions, cos_sin, slots, expected)
-    assert torch.equal(queries, definition)
+    actual = empty_cache(inputs.cache_shape, storage, device, scaled)
+    expected = empty_cache(inputs.cache_shape, storage, "cpu", scaled)
+    queries = rope_and_cache(*on_device, actual)
+    definition = reference.rope_and_cache(*arguments, expected)
+    assert torch.equal(queries.cpu(), definition)
     for ours, theirs in zip(as_bytes(actual), as_bytes(expected), strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(qkv, kept)
+        assert torch.equal(ours.cpu(), theirs)
+    assert torch.equal(on_device[0].cpu(), kept)
 
 
 @each_rope
