@@ -63,8 +63,9 @@ def closed(schema: Schema) -> dict[str, Any]:
             part["additionalProperties"] = False
         return part
 
-    looked_at = _rewritten(schema, look)
-    return looked_at if joining else _rewritten(schema, close)
+    looked_at: dict[str, Any] = _rewritten(schema, look)
+    closed: dict[str, Any] = looked_at if joining else _rewritten(schema, close)
+    return closed
 
 
 def without_calls(schema: Schema) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class ResponseStore:
         self._make_room()
         for (held_by, _), stored in reversed(self._stored.items()):
             if held_by == owner:
-                for item in [*stored.body["output"], *stored.input]:
+                items: list[ItemDict] = [*stored.body["output"], *stored.input]
+                for item in items:
                     if item.get("id") == item_id:
                         return item
         raise APIError(f"There is no item with the id '{item_id[:100]}'.", UNKNOWN_RESPONSE, param)
