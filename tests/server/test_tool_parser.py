@@ -135,6 +135,10 @@ CONTENT = {
     "an attribute": "[f(a='x'.upper())]",
     "two strings": "[f(a='x' 'y')]",
     "a prefix": "[f(a=f'x')]",
+    "no name of an argument": "[f(=1)]",
+    "a key without quotes": "[f(a={1x1: 2})]",
+    "text left open": '{"name": "f", "arguments": "{',
+    "an escape left open": "[f(a='\\",
     "a set": "[f(a={1})]",
     "a key that is no text": "[f(a={1: 2})]",
     "an argument twice": "[f(a=1, a=2)]",
@@ -241,6 +245,7 @@ def test_a_word_that_is_not_jsons_is_no_argument(word: str) -> None:
         ('"it\'s"', '"it\'s"'),
         (r"'\n\x41\u00e9\U0001F600\\\"\q'", r'"\nAé😀\\\"\\q"'),
         (r"'\ud800'", r'"\ud800"'),
+        (r"'\U0010FFFF'", '"\U0010ffff"'),
         ("'a\nb'", r'"a\nb"'),
         ("[]", "[]"),
         ("[ 1 , [2,], ]", "[1, [2]]"),
@@ -429,17 +434,27 @@ def test_repeated_openings_are_content(unit: str) -> None:
     assert (content, calls) == (text, [])
 
 
-@pytest.mark.parametrize(("before", "after"), [('{"name": "f", "parameters": {"a": ', "}}"), ("[f(a=", ")]")])
-def test_deep_nesting_ends_a_call(before: str, after: str) -> None:
+JSON_CALL = ('{"name": "f", "parameters": {"a": ', "}}")
+PYTHONIC_CALL = ("[f(a=", ")]")
+
+
+@pytest.mark.parametrize(
+    ("before", "opening", "closing", "after"),
+    [
+        (before, opening, closing, after)
+        for before, after in (JSON_CALL, PYTHONIC_CALL)
+        for opening, closing in (("[", "]"), ('{"b": ', "}"), ("(", ",)"))
+        if opening != "(" or (before, after) == PYTHONIC_CALL
+    ],
+)
+def test_deep_nesting_ends_a_call(before: str, opening: str, closing: str, after: str) -> None:
     fits = MAX_DEPTH - 1
-    content, calls = fold(parts_of([before + "[" * fits + "1" + "]" * fits + after]))
+    content, calls = fold(parts_of([before + opening * fits + "1" + closing * fits + after]))
     assert (content, len(calls)) == (None, 1)
-    content, _ = fold(parts_of([before + "[" * (fits + 1) + "]" * (fits + 1) + after]))
-    assert content is not None
-    deep = before + "[" * 100_000 + "]" * 100_000 + after
-    content, _ = fold(parts_of([deep]))
-    assert content is not None
-    assert content.endswith("]" * 100_000 + after)
+    for depth in (fits + 1, 100_000):
+        content, _ = fold(parts_of([before + opening * depth + "1" + closing * depth + after]))
+        assert content is not None
+        assert content.endswith("1" + closing * depth + after)
 
 
 def test_ids_look_like_openais() -> None:
