@@ -171,7 +171,7 @@ class _Walk:
         self.patterns: list[str] = []
         self.string_jump = 0
         self._has_mixed_alternatives = False
-        self._has_given_strings = False
+        self._has_limited_strings = False
         self._num_properties = 0
         self._unknown: set[str] = set()
         self._anchors: dict[str, str] = {}
@@ -285,8 +285,9 @@ class _Walk:
                 self.patterns.append(text)
         if isinstance(pattern, str) and regex.is_open(pattern):
             self.string_jump = max(self.string_jump, regex.shortest_at_most(pattern))
-        if any(text.startswith('"') for text in _values(schema) or ()):
-            self._has_given_strings = True
+        limited = pattern is not None or "format" in schema or _number(schema, "minLength") > 0
+        if limited or any(text.startswith('"') for text in _values(schema) or ()):
+            self._has_limited_strings = True
         if "format" in schema:
             self._check_format(place, schema)
 
@@ -377,8 +378,8 @@ class _Walk:
 
     @property
     def mixes_strings(self) -> bool:
-        """Whether a string may stand where another alternative has some strings only."""
-        return self._has_mixed_alternatives and self._has_given_strings
+        """Whether a string may stand where by another alternative only some strings may."""
+        return self._has_mixed_alternatives and self._has_limited_strings
 
     def _exclusive(self, place: str, count: int) -> bool:
         """Whether a property, or the value itself, tells any two of the alternatives at `place` apart."""

@@ -36,6 +36,8 @@ _RANK = {byte: rank for rank, byte in enumerate(dict.fromkeys(_ORDER))}
 # In a string that must go on, letters make the fewest tokens.
 _FILL = b"aeb0123456789"
 _OTHERS = 4
+_RUN = 8
+_REPEATS = 3
 _DIGITS = b"0123456789"
 _MOST_DIGITS_TRIED = 3
 
@@ -196,17 +198,17 @@ def _ways(
     at_once = symbols[0] if len(symbols) == 1 else _at_once(mask, place)
     if at_once is not None:
         return [[at_once]]
-    if len(symbols) <= _FEW:
-        return [[symbol] for symbol in symbols]
-    by_next: dict[bytes, int] = {}
-    for symbol in symbols:
-        if not work.take():
-            break
-        child = state.deep_copy()
-        if child.consume_token(symbol):
-            by_next.setdefault(child.compute_bitmask(), symbol)
-    ways = [[symbol] for symbol in by_next.values()]
-    return ways + [list(hint) for hint in hints if state.validate_tokens(list(hint)) == len(hint)]
+    if len(symbols) > _FEW:
+        by_next: dict[bytes, int] = {}
+        for symbol in symbols:
+            if not work.take():
+                break
+            child = state.deep_copy()
+            if child.consume_token(symbol):
+                by_next.setdefault(child.compute_bitmask(), symbol)
+        symbols = tuple(by_next.values())
+    fitting = [list(hint) for hint in hints if state.validate_tokens(list(hint)) == len(hint)]
+    return [*([symbol] for symbol in symbols), *fitting]
 
 
 def closing(
@@ -267,17 +269,30 @@ def _end_of_number(state: llguidance.LLMatcher, place: JSONPlace, work: Work) ->
 def _nth_way(
     state: llguidance.LLMatcher, symbols: Sequence[int], hints: Sequence[Sequence[int]], visit: int
 ) -> list[int]:
-    """The way that is taken on the n-th visit of a state. Where much can follow, as in a string that has to go on: a
-    letter, then the hints, then letters again and now and then something else."""
-    if len(symbols) <= _FEW:
-        return [symbols[visit % len(symbols)]]
-    if 1 <= visit <= len(hints):
-        hint = list(hints[visit - 1])
-        if state.validate_tokens(hint) == len(hint):
-            return hint
-    elif visit % _OTHERS == _OTHERS - 1:
-        return [symbols[visit // _OTHERS % len(symbols)]]
-    return [next((byte for byte in _FILL if byte in symbols), symbols[0])]
+    """The way that is taken on the n-th visit of what may be one state: the likeliest, the hints, and then others.
+    Where much can follow, as in a string that has to go on, these are letters and now and then something else; where
+    little can, each several times over. Hints come in between, so that any sequence comes sooner or later."""
+    chance = visit * 2654435761 % 2**32 / 2**32
+    hint = _nth_hint(hints, visit, chance)
+    if hint is not None and state.validate_tokens(hint) == len(hint):
+        return hint
+    if len(symbols) > _FEW:
+        if visit % _OTHERS == _OTHERS - 1:
+            return [symbols[visit // _OTHERS % len(symbols)]]
+        return [next((byte for byte in _FILL if byte in symbols), symbols[0])]
+    run = max(0, visit - 1 - (1 + _REPEATS) * len(hints)) // _RUN
+    return [symbols[run if run < len(symbols) else int(chance * len(symbols))]]
+
+
+def _nth_hint(hints: Sequence[Sequence[int]], visit: int, chance: float) -> list[int] | None:
+    """Each once, then each a few times over, then any at every other visit."""
+    if visit == 0 or not hints:
+        return None
+    if visit <= len(hints):
+        return list(hints[visit - 1])
+    if visit <= (1 + _REPEATS) * len(hints):
+        return list(hints[(visit - 1 - len(hints)) // _REPEATS])
+    return list(hints[int(chance * len(hints))]) if visit % 2 else None
 
 
 @functools.lru_cache(4096)
