@@ -205,6 +205,8 @@ class EngineCore:
         failed = result is not None and result.token is None
         if doom is not None:
             sequence.fail(doom)
+        elif result is not None and result.none_allowed:
+            sequence.fail(InvalidParameterError("no token is left to sample: the request forbids them all"))
         elif failed or any(entry.logprob != entry.logprob for entry in scored):  # NaN
             self._counters.nonfinite_logits += 1
             sequence.fail(NonFiniteLogitsError("the model produced numbers that are not finite for this request"))

@@ -140,8 +140,10 @@ class ModelRunner:
                 return Launched(forward.rows, Readback(result.token_ids[: len(sampling)]), prompt_logprobs)
             sampled = []
             if sampling:
-                logits = self.model.logits(result.hidden[batch.logit_rows[: len(sampling)]]).float()
-                sampled = sample(logits, [_sample_row(row, masks.get(row.sequence)) for row in sampling])
+                logits = self.model.logits(result.hidden[batch.logit_rows[: len(sampling)]])
+                sampled = sample(
+                    self.model.kernels, logits, [_sample_row(row, masks.get(row.sequence)) for row in sampling]
+                )
                 tokens = torch.tensor([-1 if each.token is None else each.token for each in sampled])
                 self._keep(batch.to_slots[: len(sampling)], tokens)
         return Launched(forward.rows, sampled, prompt_logprobs)
@@ -187,6 +189,7 @@ def _sample_row(row: Row, mask: Mask | None) -> SampleRow:
         output_counts=sequence.output_counts,
         prompt_ids=sequence.prompt_ids,
         forbidden_ids=sequence.ending_ids(row.end),
+        output_ids=sequence.tokens[sequence.num_prompt :] if sequence.params.bad_words else (),
         mask=mask,
     )
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pronk.kernels import reference
+from pronk.kernels import cpu_sampling, reference
 from pronk.kernels.interface import AttentionPlan, LayerCache, Queries, Weight, WeightFormat
 
 ROW_TILE = 16
@@ -32,6 +32,8 @@ embedding = reference.embedding
 rms_norm = reference.rms_norm
 add_rms_norm = reference.add_rms_norm
 rope_and_cache = reference.rope_and_cache
+sample = cpu_sampling.sample
+logprobs = cpu_sampling.logprobs
 
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("plain",)
 
@@ -77,7 +79,7 @@ def linear_silu_mul(x: Tensor, weight: Weight) -> Tensor:
 
 def linear_argmax(x: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
     """See `Kernels.linear_argmax`."""
-    return reference.largest(linear(x, weight))
+    return cpu_sampling.largest(linear(x, weight))
 
 
 def linear_rope_and_cache(

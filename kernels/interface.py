@@ -23,6 +23,11 @@ float32 scale for each output. int4: symmetric, one scale for each group of 32 i
 
 INT4_GROUP = 32
 
+NOT_FINITE = -1
+"""Stands for a token where a row's logits held NaN or an infinity."""
+NONE_ALLOWED = -2
+"""Stands for a token where everything is forbidden in a row."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -87,17 +92,21 @@ class Queries:
 class SamplingBatch:
     """What R rows' next tokens depend on, beside their logits. All tensors on the set's device.
 
-    A row's logits change in this order: bias is added; the repetition penalty acts; presence and frequency penalties
-    are subtracted; what `mask` forbids becomes -inf. temperature 0 takes the largest, the lowest id among equals.
-    Otherwise logits are divided by the temperature, and tokens drop out: all but the top_k most likely; then those
-    before which the more likely ones of the rest already hold more than top_p of the rest's probability; then those
-    less than min_p times as likely as the first. Among equally likely tokens the lower id counts as more likely. One
-    token always stays. Of those that stay, the one with the largest weight / noise is taken, where noise is the
-    exponential variate of (key, token id): the exponential race, so that tokens are drawn with their probabilities.
+    A row's logits, as float32, change in this order: bias is added; the repetition penalty acts; presence and frequency
+    penalties are subtracted, in one; what overflows becomes the largest finite number; what is forbidden, by a bias of
+    -inf or by `mask`, becomes -inf. temperature 0 takes the largest, the lowest id among equals. Otherwise the row's
+    largest is subtracted, the difference divided by the temperature, and the weight of a token is exp of that: 1 for
+    the most likely. Tokens drop out: all but the top_k most likely; then those before which the more likely ones of the
+    rest already hold more than top_p of the rest's weight; then those whose weight is less than min_p. Of equal logits
+    the lower id counts as the more likely. One token always stays. Of those that stay, the one with the largest
+    weight / noise is taken, the lowest id among equals, where noise is the exponential variate of (key, token id) in
+    `noise`: the exponential race, by which tokens are drawn with their probabilities.
+
+    Where a sum or a weight lies within rounding of top_p or min_p, sets may differ in who stays.
     """
 
     temperature: Tensor
-    """float32 [R]"""
+    """float32 [R]: 0, or a normal number."""
     top_k: Tensor
     """int32 [R]; 0: all."""
     top_p: Tensor
@@ -107,7 +116,7 @@ class SamplingBatch:
     noise_keys: Tensor
     """int64 [R]: 64 bits made of the request's seed and the position of the token to be sampled (`noise_key`)."""
     repetition: Tensor
-    """float32 [R]: divides positive and multiplies negative logits of tokens that were seen; 1: none."""
+    """float32 [R], normal numbers: divides positive and multiplies negative logits of tokens that were seen."""
     presence: Tensor
     """float32 [R]: subtracted once from tokens with a count."""
     frequency: Tensor
@@ -115,17 +124,18 @@ class SamplingBatch:
     entry_starts: Tensor
     """int32 [R + 1]: row r has the entries entry_starts[r] to entry_starts[r + 1] of the next four."""
     entry_ids: Tensor
-    """int32 [E]: token ids, none twice in a row of the batch."""
+    """int32 [E]: token ids, rising in each row."""
     entry_bias: Tensor
     """float32 [E]: added; -inf forbids."""
     entry_counts: Tensor
-    """int32 [E]: how often the completion holds the token."""
+    """int32 [E]: how often the completion holds the token; only looked at with a presence or frequency penalty."""
     entry_seen: Tensor
     """bool [E]: whether prompt or completion hold it; only looked at with a repetition penalty."""
     mask: Tensor | None
     """int32 [R, ceil(V / 32)]: bit t % 32 of word t // 32 set: token t may be sampled. None: all may, in all rows."""
-    top_n: int
-    """How many of the most likely tokens' log probabilities are wanted in any row; 0: none."""
+    top_n: int | None
+    """How many of the most likely tokens' log probabilities are wanted in any row, V at most; None: nobody wants any,
+    nor the chosen token's."""
     greedy: bool
     """Known to the host: every temperature is 0."""
     plain: bool
@@ -135,15 +145,15 @@ class SamplingBatch:
 @dataclass(frozen=True)
 class Samples:
     """What `sample` found. Logarithms of probabilities are the model's own: before bias, penalties, masks, temperature
-    and filters."""
+    and filters. They are None when the batch's top_n is."""
 
     token_ids: Tensor
-    """int64 [R]; -1 where a logit was NaN or infinite."""
-    logprobs: Tensor
-    """float32 [R]: each token's."""
-    top_ids: Tensor
+    """int64 [R]; NOT_FINITE or NONE_ALLOWED where there is no token."""
+    logprobs: Tensor | None = None
+    """float32 [R]: each token's; NaN where there is none."""
+    top_ids: Tensor | None = None
     """int64 [R, top_n]: the most likely tokens, most likely first, the lower id first among equals."""
-    top_logprobs: Tensor
+    top_logprobs: Tensor | None = None
     """float32 [R, top_n]"""
 
 
@@ -233,3 +243,12 @@ class Kernels(Protocol):
         float32. -> [T, Q, D]. Blocks that a sequence does not hold, and places past its length, may hold anything:
         they never reach the result. Rows of tokens that belong to no sequence may hold anything.
         """
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Samples:
+        """logits [R, V] -> each row's next token, and log probabilities where they are wanted: see SamplingBatch."""
+
+    def logprobs(self, logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [R, V], token_ids int64 [R], top_n up to V -> natural logarithms of the probabilities of one token in
+        each row, float32 [R], NaN for a negative id; the top_n most likely ids, most likely first, the lower id first
+        among equals, int64 [R, top_n]; and theirs, float32 [R, top_n]. All log probabilities of a row that holds NaN
+        or +inf are NaN, and its ids may be any."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pronk.kernels import sampling
 from pronk.kernels.interface import (
     INT4_GROUP,
     AttentionPlan,
@@ -22,6 +23,9 @@ from pronk.kernels.interface import (
 )
 
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("plain", "int8", "fp8", "int4")
+
+sample = sampling.sample
+logprobs = sampling.logprobs
 
 
 def _wide(x: Tensor) -> Tensor:

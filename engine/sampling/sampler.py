@@ -1,25 +1,30 @@
-"""Sampler: rows of logits -> tokens and logprobs. Each row is worked on alone, so no other row can change its bits.
+"""Sampler: what rows ask for -> the tensors that `Kernels.sample` takes, and what it found -> tokens and logprobs.
 
-Knows what a row asks for; not whose it is, nor how it came about.
+Knows what a row asks for; not whose it is, nor how it came about; and nothing of how a token is chosen.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Set
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pronk.engine.request import SamplingParams, TokenLogprobs
-from pronk.engine.sampling import penalties
-from pronk.engine.sampling.noise import exponential
+from pronk.kernels.interface import NONE_ALLOWED, Kernels, Samples, SamplingBatch
+from pronk.kernels.noise import noise_key
 
-CANDIDATES = 1024
-"""Tokens looked at before a whole vocabulary is sorted: nearly always top_p ends among them."""
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""What a smaller temperature or penalty counts as: float32 has no room for it, and some devices take it for 0."""
+ALIGNMENT = 16
+"""Bytes: what a kernel may read at a time."""
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -36,100 +41,169 @@ class SampleRow:
     """Tokens of the prompt; needed only with repetition_penalty."""
     forbidden_ids: Set[int]
     """Tokens that must not come next."""
-    mask: NDArray[np.int32] | None = None
-    """Words of 32 tokens, bit t % 32 of word t // 32: which tokens may come next; None: all."""
+    output_ids: Rows[int] = ()
+    """The completion so far; needed only with bad_words."""
+    mask: Array | Tensor | None = None
+    """int32 [ceil(V / 32)], on the host: a grammar's. Bit t % 32 of word t // 32 set: token t may come next."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One row's result. token is None when its logits were not finite."""
+    """One row's result. token is None when there is none: its logits were not finite, or nothing was allowed."""
 
     token: int | None
     logprobs: TokenLogprobs | None = None
+    none_allowed: bool = False
+    """Why there is no token: everything was forbidden."""
 
 
-def sample(logits: Tensor, rows: Rows[SampleRow]) -> list[Sampled]:
-    """logits float32 [R, V], one row for each of `rows`; not changed."""
-    finite = torch.isfinite(logits).all(dim=-1).tolist()
-    greedy = logits.argmax(dim=-1).tolist()
-    return [_sample_row(logits[i], row, greedy[i]) if finite[i] else Sampled(token=None) for i, row in enumerate(rows)]
+def sample(kernels: Kernels, logits: Tensor, rows: Rows[SampleRow]) -> list[Sampled]:
+    """logits [R, V], one row for each of `rows`; not changed. Waits for the device."""
+    return read(kernels.sample(logits, build(rows, logits.shape[1], logits.device)), rows)
 
 
-def _sample_row(logits: Tensor, row: SampleRow, most_likely: int) -> Sampled:
-    adjusted = _adjust(logits, row)
-    if row.params.temperature == 0:
-        token = most_likely if adjusted is None else int(adjusted.argmax())
-    else:
-        token = _draw(logits if adjusted is None else adjusted, row)
-    wanted = row.params.logprobs
-    return Sampled(token, None if wanted is None else _logprobs(logits, token, wanted))
+def build(rows: Rows[SampleRow], vocab_size: int, device: torch.device) -> SamplingBatch:
+    """What `kernels.sample` needs to know of the rows, copied to the device at once, without waiting for it."""
+    params = [row.params for row in rows]
+    entries = [_entries(row) for row in rows]
+    masks = [_mask(row, vocab_size) for row in rows]
+    asked = [each.logprobs for each in params if each.logprobs is not None]
+    masked = any(mask is not None for mask in masks)
+    arrays = {
+        "noise_keys": np.array([noise_key(row.seed, row.position) for row in rows], np.int64),
+        "temperature": _at_least_smallest(each.temperature for each in params),
+        "top_k": np.array([each.top_k if each.top_k < vocab_size else 0 for each in params], np.int32),
+        "top_p": np.array([each.top_p for each in params], np.float32),
+        "min_p": np.array([each.min_p for each in params], np.float32),
+        "repetition": _at_least_smallest(each.repetition_penalty for each in params),
+        "presence": np.array([each.presence_penalty for each in params], np.float32),
+        "frequency": np.array([each.frequency_penalty for each in params], np.float32),
+        "entry_starts": np.cumsum([0, *(len(each.ids) for each in entries)], dtype=np.int32),
+        "entry_ids": _joined([each.ids for each in entries], np.int32),
+        "entry_bias": _joined([each.bias for each in entries], np.float32),
+        "entry_counts": _joined([each.counts for each in entries], np.int32),
+        "entry_seen": _joined([each.seen for each in entries], np.bool_),
+    }
+    if masked:
+        everything = np.full(num_words(vocab_size), -1, np.int32)
+        arrays["mask"] = np.stack([everything if mask is None else mask for mask in masks])
+    tensors: dict[str, Any] = {"mask": None, **_to_device(arrays, device)}
+    return SamplingBatch(
+        **tensors,
+        top_n=max(asked, default=None),
+        greedy=all(each.temperature == 0 for each in params),
+        plain=not masked and not any(len(each.ids) for each in entries),
+    )
 
 
-def _adjust(logits: Tensor, row: SampleRow) -> Tensor | None:
-    """-> a changed copy, or None when the row asks for no change."""
+def read(samples: Samples, rows: Rows[SampleRow]) -> list[Sampled]:
+    """samples: those of `rows`, on any device."""
+    tokens = samples.token_ids.tolist()
+    if samples.logprobs is None or samples.top_ids is None or samples.top_logprobs is None:
+        return [Sampled(token if token >= 0 else None, none_allowed=token == NONE_ALLOWED) for token in tokens]
+    found = zip(tokens, samples.logprobs.tolist(), samples.top_ids.tolist(), samples.top_logprobs.tolist(), strict=True)
+    results = []
+    for row, (token, logprob, top_ids, top) in zip(rows, found, strict=True):
+        count = row.params.logprobs
+        wanted = count is not None and token >= 0
+        logprobs = TokenLogprobs(logprob, top_ids[:count], top[:count]) if wanted else None
+        results.append(Sampled(token if token >= 0 else None, logprobs, none_allowed=token == NONE_ALLOWED))
+    return results
+
+
+def num_words(vocab_size: int) -> int:
+    """Of a mask."""
+    return -(-vocab_size // 32)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The tokens whose logits change, in the order of their ids, and how: see `SamplingBatch`."""
+
+    ids: Array
+    bias: Array
+    counts: Array
+    seen: Array
+
+
+NO_ENTRIES = Entries(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.int32), np.empty(0, np.bool_))
+
+
+def _entries(row: SampleRow) -> Entries:
     params = row.params
-    counted = bool(row.output_counts) and bool(params.presence_penalty or params.frequency_penalty)
-    repeated = params.repetition_penalty != 1
-    if not (params.logit_bias or counted or repeated or row.forbidden_ids or row.mask is not None):
-        return None
-    adjusted = logits.clone()
-    if params.logit_bias:
-        penalties.apply_bias(adjusted, params.logit_bias)
-    if repeated:
-        penalties.apply_repetition(adjusted, row.prompt_ids | row.output_counts.keys(), params.repetition_penalty)
-    if counted:
-        penalties.apply_counts(adjusted, row.output_counts, params.presence_penalty, params.frequency_penalty)
-    if row.forbidden_ids:
-        penalties.forbid(adjusted, row.forbidden_ids)
-    if row.mask is not None:
-        allowed = np.unpackbits(row.mask.view(np.uint8), bitorder="little")[: len(adjusted)]
-        adjusted[torch.from_numpy(allowed).to(adjusted.device) == 0] = float("-inf")
-    return adjusted
+    counts = row.output_counts if params.presence_penalty or params.frequency_penalty else {}
+    seen = row.prompt_ids | row.output_counts.keys() if params.repetition_penalty != 1 else frozenset()
+    forbidden = row.forbidden_ids | _bad_ends(params.bad_words, row.output_ids)
+    if not (params.logit_bias or counts or seen or forbidden):
+        return NO_ENTRIES
+    named = {*params.logit_bias, *counts, *seen, *forbidden}
+    ids = np.sort(np.fromiter(named, np.int32, len(named)))
+    bias = np.zeros(len(ids), np.float32)
+    bias[_places(ids, params.logit_bias)] = np.fromiter(params.logit_bias.values(), np.float32)
+    bias[_places(ids, forbidden)] = -np.inf
+    counted = np.zeros(len(ids), np.int32)
+    counted[_places(ids, counts)] = np.fromiter(counts.values(), np.int32)
+    was_seen = np.zeros(len(ids), np.bool_)
+    was_seen[_places(ids, seen)] = True
+    return Entries(ids, bias, counted, was_seen)
 
 
-def _draw(logits: Tensor, row: SampleRow) -> int:
-    """Draw from softmax(logits / temperature), restricted by top_k, top_p and min_p."""
-    params = row.params
-    # A temperature near 0 would overflow the quotient; the largest logit as zero keeps the largest quotient zero.
-    scaled = ((logits - logits.max()).double() / params.temperature).float()
-    ids = _keep(scaled, params)
-    kept = scaled if ids is None else scaled[ids]
-    token_ids = torch.arange(len(logits), device=logits.device) if ids is None else ids
-    winner = int((torch.exp(kept) / exponential(row.seed, row.position, token_ids)).argmax())
-    return winner if ids is None else int(ids[winner])
+def _places(ids: Array, named: Set[int] | Mapping[int, Any]) -> Array:
+    """-> where in `ids`, which rise, those named are: in the order of `named`."""
+    places: Array = np.searchsorted(ids, np.fromiter(named, np.int32, len(named)))
+    return places
 
 
-def _keep(scaled: Tensor, params: SamplingParams) -> Tensor | None:
-    """scaled float32 [V], its largest 0 -> ids of the tokens that may be drawn, most likely first; None for all."""
-    limit = min(params.top_k or len(scaled), len(scaled))
-    if limit == len(scaled) and params.top_p == 1 and params.min_p == 0:
-        return None
-    weights = torch.exp(scaled)
-    total = weights.sum() if limit == len(scaled) else weights.topk(limit).values.sum()
-    top, ids = weights.topk(min(limit, CANDIDATES))
-    kept = _count_kept(top, total, params)
-    if kept == len(top) < limit:  # they may go on past the candidates
-        top, ids = weights.topk(limit)
-        kept = _count_kept(top, total, params)
-    return ids[:kept]
+def _bad_ends(words: Rows[tuple[int, ...]], output_ids: Rows[int]) -> Set[int]:
+    """-> the last token of each word whose other tokens the completion ends with."""
+    return {
+        last
+        for *others, last in words
+        if len(others) <= len(output_ids) and list(output_ids[len(output_ids) - len(others) :]) == others
+    }
 
 
-def _count_kept(top: Tensor, total: Tensor, params: SamplingParams) -> int:
-    """top float32 [n], weights in falling order, of a distribution with this total -> how many top_p and min_p keep.
-
-    top_p keeps a token while the probability before it does not exceed top_p (Meta's rule); min_p keeps what is at
-    least min_p times as likely as the first. At least one is kept.
-    """
-    probabilities = top.double() / total.double()
-    before = probabilities.cumsum(0) - probabilities
-    keep = top >= params.min_p * top[0]
-    if params.top_p < 1:
-        keep &= before <= params.top_p
-    return max(1, int(keep.sum()))
+def _mask(row: SampleRow, vocab_size: int) -> Array | None:
+    """-> int32 [num_words]: what both the grammar and the list of allowed tokens let pass; None for all."""
+    allowed = row.params.allowed_token_ids
+    if row.mask is None:
+        return _mask_of(allowed, vocab_size) if allowed else None
+    mask: Array = np.asarray(row.mask)[: num_words(vocab_size)]
+    return mask & _mask_of(allowed, vocab_size) if allowed else mask
 
 
-def _logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Of the model's own distribution: before bias, penalties, temperature and filters."""
-    logprobs = logits.log_softmax(dim=-1)
-    top, ids = logprobs.topk(count) if count else (logprobs[:0], logprobs[:0].long())
-    return TokenLogprobs(float(logprobs[token]), ids.tolist(), top.tolist())
+@functools.lru_cache(maxsize=64)
+def _mask_of(allowed: tuple[int, ...], vocab_size: int) -> Array:
+    """The same in all of a request's steps."""
+    bits = np.zeros(num_words(vocab_size) * 32, np.bool_)
+    bits[list(allowed)] = True
+    return np.packbits(bits, bitorder="little").view("<i4")
+
+
+def _at_least_smallest(values: Any) -> Array:
+    """float32; 0 stays 0."""
+    return np.array([max(value, SMALLEST) if value else 0.0 for value in values], np.float32)
+
+
+def _joined(arrays: list[Array], dtype: Any) -> Array:
+    joined: Array = np.concatenate([np.empty(0, dtype), *arrays])
+    return joined
+
+
+def _to_device(arrays: Mapping[str, Array], device: torch.device) -> dict[str, Tensor]:
+    """One copy for all of them: a tensor each into one buffer."""
+    starts, size = {}, 0
+    for name, array in arrays.items():
+        starts[name] = size
+        size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+    staged = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    view = staged.numpy()
+    for name, array in arrays.items():
+        view[starts[name] : starts[name] + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    buffer = staged.to(device, non_blocking=True)
+    return {
+        name: buffer[starts[name] : starts[name] + array.nbytes]
+        .view(torch.from_numpy(np.empty(0, array.dtype)).dtype)
+        .view(array.shape)
+        for name, array in arrays.items()
+    }

@@ -11,9 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pronk.engine.sampling.noise import exponential, splitmix64
+from pronk.kernels.noise import exponential as exponential_of_key
+from pronk.kernels.noise import noise_key, splitmix64, uniform, uniform_bits
 
 VOCABULARY = 128256
+
+
+def exponential(seed: int, position: int, token_ids: Tensor) -> Tensor:
+    return exponential_of_key(noise_key(seed, position), token_ids)
 
 
 def plain_splitmix64(state: int) -> int:
@@ -89,6 +94,8 @@ def test_splitmix64() -> None:
 @pytest.mark.parametrize(("seed", "position", "token", "bits", "variate"), GOLDEN)
 def test_golden(seed: int, position: int, token: int, bits: int, variate: float) -> None:
     assert plain_uniform_bits(seed, position, token) == bits
+    assert int(uniform_bits(noise_key(seed, position), torch.tensor([token]))) % 2**32 == bits
+    assert float(uniform(noise_key(seed, position), torch.tensor([token]))) == (bits + 0.5) / 2**32
     noise = exponential(seed, position, torch.tensor([token]))
     # One step of float32: logarithms of two libraries may differ in their last bit of float64.
     assert float(noise) == pytest.approx(variate, rel=2**-23, abs=0.0)
@@ -102,6 +109,21 @@ def test_a_vocabulary_is_the_plain_implementations(seed: int, position: int) -> 
     assert noise.dtype == torch.float32
     expected = torch.tensor([plain_exponential(seed, position, token) for token in token_ids.tolist()])
     torch.testing.assert_close(noise, expected, rtol=2**-23, atol=0.0)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1])
+@pytest.mark.parametrize("position", [0, 131071])
+def test_a_key_fits_into_64_bits_with_a_sign(seed: int, position: int) -> None:
+    expected = plain_splitmix64(plain_splitmix64(seed % 2**64) ^ position)
+    assert int(torch.tensor(noise_key(seed, position))) % 2**64 == expected
+
+
+def test_no_variate_is_less_than_its_uniform_number() -> None:
+    """The CPU's sampler relies on it."""
+    ids = torch.arange(VOCABULARY)
+    for key in (0, -1, 1 << 40):
+        assert bool((exponential_of_key(key, ids) >= uniform(key, ids).float()).all())
+        assert ids.equal(torch.arange(VOCABULARY))
 
 
 def test_depends_on_the_token_and_not_on_its_place() -> None:
