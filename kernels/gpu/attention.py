@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -62,8 +62,9 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=lambda: {"enable_fp_fusion": False})
     """Without fusion: see `attention_decode`, "Numbers"."""
 
-    @property
+    @cached_property
     def keywords(self) -> dict[str, Any]:
+        """Of the call."""
         return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages, **self.options}
 
 
@@ -169,9 +170,9 @@ class Plan:
 
     queries: Queries
     shape: Shape
-    max_splits: int
-    """No sequence has more."""
-    decode_rows: int
+    decode: Launch
+    combine: Launch
+    prefill: Launch
     counts: Tensor
     """int32 [COUNTS]"""
     decode_items: Tensor
@@ -214,11 +215,12 @@ def plan_attention(queries: Queries, *, num_heads: int, cache: LayerCache) -> Pl
         return torch.empty(slots, shape.num_heads, *per_head, dtype=torch.float32, device=device)
 
     plan = Plan(
-        queries=queries,
+        queries=replace(queries, block_tables=queries.block_tables.contiguous()),
         shape=shape,
-        max_splits=max_splits,
-        decode_rows=rows,
-        counts=torch.zeros(COUNTS, dtype=torch.int32, device=device),
+        decode=shape.decode(rows),
+        combine=shape.combine(max_splits),
+        prefill=shape.prefill(),
+        counts=torch.empty(COUNTS, dtype=torch.int32, device=device),
         decode_items=items(num_seqs * decode_tiles * max_splits),
         combine_items=items(min(num_seqs * tokens, slots)),
         prefill_items=items(num_seqs * prefill_tiles),
@@ -284,19 +286,16 @@ def attention(q: Tensor, cache: LayerCache, plan: AttentionPlan) -> Tensor:
         return (min(programs, most),)
 
     if len(plan.decode_items):
-        launch = shape.decode(plan.decode_rows)
-        decode_kernel[grid(launch, len(plan.decode_items) * shape.num_kv_heads)](
-            q, *caches, out, *plan.partials, plan.decode_items, plan.counts, *step, **launch.keywords
+        decode_kernel[grid(plan.decode, len(plan.decode_items) * shape.num_kv_heads)](
+            q, *caches, out, *plan.partials, plan.decode_items, plan.counts, *step, **plan.decode.keywords
         )
     if len(plan.combine_items):
-        launch = shape.combine(plan.max_splits)
-        combine_kernel[grid(launch, len(plan.combine_items) * shape.num_heads)](
-            out, *plan.partials, plan.combine_items, plan.counts, **launch.keywords
+        combine_kernel[grid(plan.combine, len(plan.combine_items) * shape.num_heads)](
+            out, *plan.partials, plan.combine_items, plan.counts, **plan.combine.keywords
         )
     if len(plan.prefill_items):
-        launch = shape.prefill()
-        prefill_kernel[grid(launch, len(plan.prefill_items) * shape.num_kv_heads)](
-            q, *caches, out, plan.prefill_items, plan.counts, *step, **launch.keywords
+        prefill_kernel[grid(plan.prefill, len(plan.prefill_items) * shape.num_kv_heads)](
+            q, *caches, out, plan.prefill_items, plan.counts, *step, **plan.prefill.keywords
         )
     return out
 

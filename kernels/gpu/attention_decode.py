@@ -91,7 +91,7 @@ def attend_tile(
 
     # Probabilities of float8 values go with bfloat16, whose range takes the values' scales in.
     narrow = tl.bfloat16 if SCALED and q.dtype != tl.float32 else q.dtype
-    ones = tl.full((BLOCK_N, ONES), 1.0, narrow)
+    ones = tl.full((BLOCK_N, ONES), 1.0, tl.float32).to(narrow)
     total = tl.dot(probabilities.to(narrow), ones, total * rescale, input_precision="ieee")
     if SCALED:
         probabilities *= tl.load(value_scales + first_row + rows, mask=held, other=0.0)[None, :]

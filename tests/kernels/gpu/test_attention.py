@@ -7,6 +7,7 @@ keep to one order in every tile is held by the same tests on a GPU.
 from __future__ import annotations
 
 import importlib
+import math
 import mmap
 from dataclasses import replace
 from functools import cache
@@ -330,7 +331,7 @@ def test_the_plan_hands_out_each_piece_once(
         wanted = length * splits if 0 < length <= 16 and splits > 1 else 0
         if 0 < length <= 16 and (wanted == 0 or slot + wanted <= free):
             for split in range(splits):
-                for row in range(0, length * 4, plan.decode_rows):
+                for row in range(0, length * 4, plan.decode.constants["BLOCK_M"]):
                     decode_items.append([sequence, split * 256, row, slot if wanted else -1])
             for token in range(length if wanted else 0):
                 seen = (context - length + token) // 256 + 1
@@ -356,24 +357,27 @@ def test_nothing_to_do(device: str) -> None:
         assert attend(torch.zeros(places, 8, 64), cache, queries, device).shape == (places, 8, 64)
 
 
-def test_a_cache_of_more_than_2_to_31_elements(device: str) -> None:
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_cache_of_more_than_2_to_31_elements(block_size: int, device: str) -> None:
     """Only the blocks in use are ever touched: the cache is a map of memory that nobody wrote."""
     if device != "cpu":
         pytest.skip("the same addresses, computed by the same kernel")
-    shape = (2**31 // (2 * 256 * 128) + 1, 2, 256, 128)
-    pages = mmap.mmap(-1, shape[0] * 2 * 256 * 128)
+    shape = (2**31 // (2 * block_size * 128) + 2, 2, block_size, 128)
+    pages = mmap.mmap(-1, math.prod(shape))
     keys = torch.frombuffer(pages, dtype=torch.uint8).view(FLOAT8).view(shape)
     scales = torch.frombuffer(mmap.mmap(-1, keys.numel() // 128 * 4), dtype=torch.float32).view(shape[:3])
     source = cases.generator(21)
-    last = shape[0] - 1
-    keys[last] = cases.normal(source, 2, 256, 128, dtype=torch.float32).to(FLOAT8)
-    scales[last] = 0.5
-    q = cases.normal(source, 20, 4, 128, dtype=torch.bfloat16)
-    table = torch.tensor([[last]])
-    whole = Queries(torch.tensor([0]), torch.tensor([20]), torch.tensor([200]), table, 20, 200)
+    last = shape[0] - 2
+    keys[last:] = cases.normal(source, 2, *shape[1:], dtype=torch.float32).to(FLOAT8)
+    scales[last:] = 0.5
+    q = cases.normal(source, 2 * block_size, 4, 128, dtype=torch.bfloat16)
+    context_len = 2 * block_size - 2
+    tables = torch.tensor([[last + 1, last]])
+    length = context_len - 3
+    whole = Queries(torch.tensor([0]), torch.tensor([length]), torch.tensor([context_len]), tables, length, context_len)
     small = LayerCache(keys[last:], keys[last:], scales[last:], scales[last:])
     for queries in (whole, replace(whole, lens=torch.tensor([1]), max_len=1)):
-        expected = attend(q, small, replace(queries, block_tables=torch.tensor([[0]])), device)
+        expected = attend(q, small, replace(queries, block_tables=tables - last), device)
         actual = attend(q, LayerCache(keys, keys, scales, scales), queries, device)
         rows = int(queries.lens)
         assert torch.equal(actual[:rows], expected[:rows])
