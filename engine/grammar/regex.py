@@ -6,6 +6,7 @@ A scan, not a parser: what is wrong with an expression is the grammar library's 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from pronk.engine.errors import InvalidParameterError
 
@@ -21,6 +22,15 @@ _MOST_READ = 10_000
 _CHARACTER = 2  # bytes, in JSON, of the shortest of the characters that a class or a dot stands for
 _ESCAPED = 6  # of a control character in JSON
 _OPEN = re.compile(r"\.|\[\^|\\[DSWPpBb]|\(\?[^:]")
+_SPACES = r"\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_COMMON = {
+    ".": r"[^\n\r\u2028\u2029]",
+    r"\s": f"[{_SPACES}]",
+    r"\S": r"[^\s\x1c-\x1f\ufeff]",
+    r"\D": r"\P{Nd}",
+    r"\W": r"[^\p{L}\p{M}\p{N}\p{Pc}]",
+}
+_ESCAPE = re.compile(r"\\.", re.DOTALL)
 # In a class of Rust's syntax these intersect, subtract and so on; in every other they are characters.
 _SET_OPERATORS = ("&&", "--", "~~")
 
@@ -69,22 +79,48 @@ def literals(pattern: str) -> tuple[str, ...]:
 
 def is_open(pattern: str) -> bool:
     """Whether a text that matches may hold any characters at some place, as far as a scan can tell."""
-    return not (pattern.startswith("^") and pattern.endswith("$")) or bool(_OPEN.search(pattern))
+    anchored = pattern.startswith("^") and pattern.endswith("$")
+    return not anchored or bool(_OPEN.search(pattern)) or _has_alternatives_of_its_own(pattern)
 
 
-def require_common_syntax(pattern: str) -> None:
-    """Raises InvalidParameterError for what a JSON schema's author means otherwise than the grammar library."""
+def _has_alternatives_of_its_own(pattern: str) -> bool:
+    """Of which the anchors at its ends are parts."""
+    depth = 0
+    for item in _items(pattern):
+        depth += (item == "(") - (item == ")")
+        if item == "|" and depth == 0:
+            return True
+    return False
+
+
+def narrowed(pattern: str) -> str:
+    """A pattern of JSON Schema's for the grammar library, so that what it matches is matched by every validator.
+
+    Classes mean a little less or more from one language to the next: `\\s` holds U+0085 or U+FEFF or U+001C, `\\d`
+    the digits of other scripts, a dot the line separators. They become what is in all of them.
+
+    Raises InvalidParameterError for operators in classes, which other languages read as characters.
+    """
+    return "".join(_narrowed_class(item) if item[0] == "[" else _COMMON.get(item, item) for item in _items(pattern))
+
+
+def _narrowed_class(text: str) -> str:
+    for operator in _SET_OPERATORS:
+        if operator in text[1:-1]:
+            raise InvalidParameterError(
+                f"pattern has {operator} in the class {text[:80]}, which other languages read differently; write the "
+                "characters out.",
+                "structured_outputs",
+            )
+    return _ESCAPE.sub(lambda found: _COMMON.get(found[0], found[0]), text)
+
+
+def _items(pattern: str) -> Iterator[str]:
+    """Characters, escapes and classes."""
     place = 0
     while place < len(pattern):
         end = _end_of_item(pattern, place)
-        if pattern[place] == "[":
-            for operator in _SET_OPERATORS:
-                if operator in pattern[place + 1 : end - 1]:
-                    raise InvalidParameterError(
-                        f"pattern {pattern[:80]!r} has {operator} in a character class, which other syntaxes read "
-                        "differently; write the characters out.",
-                        "structured_outputs",
-                    )
+        yield pattern[place:end]
         place = end
 
 

@@ -278,11 +278,10 @@ class _Walk:
 
     def _check_strings(self, place: str, schema: dict[str, Any]) -> None:
         pattern = schema.get("pattern")
-        patterns = [pattern, *_map(schema, "patternProperties")]
-        for text in patterns:
-            if isinstance(text, str):
-                regex.require_common_syntax(text)
-                self.patterns.append(text)
+        if isinstance(pattern, str):
+            self.patterns.append(pattern)
+            schema["pattern"] = regex.narrowed(pattern)
+        self.patterns += _map(schema, "patternProperties")
         if isinstance(pattern, str) and regex.is_open(pattern):
             self.string_jump = max(self.string_jump, regex.shortest_at_most(pattern))
         limited = pattern is not None or "format" in schema or _number(schema, "minLength") > 0
