@@ -14,14 +14,17 @@ it is CONFIDENCE · √n · 2^-24 · sum |terms|, except with a probability of 2
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pronk.kernels import reference
-from pronk.kernels.interface import LayerCache, Queries
+from pronk.kernels.interface import LayerCache, Queries, SamplingBatch
+from pronk.kernels.noise import noise_key
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
@@ -358,3 +361,95 @@ def attention_bound(
         tiny = 256 * finfo.smallest_normal * finfo.eps * values.abs().nan_to_num(0.0).max()
         error += roundoff(weights) * (mean_magnitude + expected.abs()) + tiny
     return rounded(expected, error, dtype)
+
+
+# Sampling
+
+SAMPLING: tuple[dict[str, float], ...] = (
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.6, "top_p": 0.9},
+    {"top_k": 50},
+    {"top_k": 50, "top_p": 0.9, "min_p": 0.02},
+    {"min_p": 0.05},
+    {"temperature": 2.0, "top_p": 0.95},
+    {"temperature": 2.0, "top_p": 0.5, "min_p": 1e-4},
+    {"top_k": 3000, "top_p": 0.99},
+    {"top_k": 1, "temperature": 2.0},
+)
+"""Arguments of `sampling_batch`."""
+
+
+def sampling_batch(
+    num_rows: int,
+    *,
+    temperature: float = 1.0,
+    top_k: float = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    mask: Tensor | None = None,
+    top_n: int | None = None,
+    seed: int = 0,
+) -> SamplingBatch:
+    """Rows with the same parameters, without entries."""
+    return SamplingBatch(
+        temperature=torch.full((num_rows,), temperature),
+        top_k=torch.full((num_rows,), int(top_k), dtype=torch.int32),
+        top_p=torch.full((num_rows,), top_p),
+        min_p=torch.full((num_rows,), min_p),
+        noise_keys=torch.tensor([noise_key(seed, position) for position in range(num_rows)], dtype=torch.int64),
+        repetition=torch.ones(num_rows),
+        presence=torch.zeros(num_rows),
+        frequency=torch.zeros(num_rows),
+        entry_starts=torch.zeros(num_rows + 1, dtype=torch.int32),
+        entry_ids=torch.empty(0, dtype=torch.int32),
+        entry_bias=torch.empty(0),
+        entry_counts=torch.empty(0, dtype=torch.int32),
+        entry_seen=torch.empty(0, dtype=torch.bool),
+        mask=mask,
+        top_n=top_n,
+        greedy=temperature == 0,
+        plain=mask is None,
+    )
+
+
+Entries = Mapping[int, tuple[float, int, bool]]
+"""token -> bias, count, seen"""
+
+
+def with_entries(batch: SamplingBatch, entries: Sequence[Entries]) -> SamplingBatch:
+    """entries: of each row."""
+    flat = [(token, *value) for row in entries for token, value in sorted(row.items())]
+    ends = itertools.accumulate((len(row) for row in entries), initial=0)
+    return replace(
+        batch,
+        entry_starts=torch.tensor(list(ends), dtype=torch.int32),
+        entry_ids=torch.tensor([each[0] for each in flat], dtype=torch.int32),
+        entry_bias=torch.tensor([each[1] for each in flat], dtype=torch.float32),
+        entry_counts=torch.tensor([each[2] for each in flat], dtype=torch.int32),
+        entry_seen=torch.tensor([each[3] for each in flat], dtype=torch.bool),
+        plain=False,
+    )
+
+
+def sampling_row(batch: SamplingBatch, row: int) -> SamplingBatch:
+    """-> one row of a batch, as a batch."""
+    start, end = batch.entry_starts[row : row + 2].tolist()
+    rows = {name: getattr(batch, name)[row : row + 1].clone() for name in _SAMPLING_ROWS}
+    entries = {name: getattr(batch, name)[start:end].clone() for name in _SAMPLING_ENTRIES}
+    starts = torch.tensor([0, end - start], dtype=torch.int32, device=batch.entry_starts.device)
+    mask = None if batch.mask is None else batch.mask[row : row + 1].clone()
+    return replace(batch, **rows, **entries, entry_starts=starts, mask=mask)
+
+
+_SAMPLING_ROWS = ("temperature", "top_k", "top_p", "min_p", "noise_keys", "repetition", "presence", "frequency")
+_SAMPLING_ENTRIES = ("entry_ids", "entry_bias", "entry_counts", "entry_seen")
+
+
+def language_like(num_rows: int, vocabulary: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Logits [num_rows, vocabulary]: a few tokens far ahead of many; in bfloat16 full of equals."""
+    source = generator(seed)
+    logits = torch.randn(num_rows, vocabulary, generator=source) * 2.2
+    num_ahead = min(30, vocabulary)
+    ahead = torch.stack([torch.randperm(vocabulary, generator=source)[:num_ahead] for _ in range(num_rows)])
+    return logits.scatter_add_(1, ahead, torch.linspace(14, 6, num_ahead).expand(num_rows, -1)).to(dtype)

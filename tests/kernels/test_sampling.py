@@ -13,11 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from pronk.kernels import cpu, reference
-from pronk.kernels.interface import NONE_ALLOWED, NOT_FINITE, Kernels, SamplingBatch
-from pronk.kernels.noise import noise_key
+from pronk.kernels.cases import SAMPLING, language_like, sampling_batch, sampling_row, with_entries
+from pronk.kernels.interface import NONE_ALLOWED, NOT_FINITE, Kernels
 
 
 @pytest.fixture(autouse=True)
@@ -31,80 +30,11 @@ def _one_thread() -> Iterator[None]:
 each_set = pytest.mark.parametrize("kernels", [cpu, reference], ids=["cpu", "reference"])
 
 
-def batch_of(
-    num_rows: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    mask: Tensor | None = None,
-    top_n: int | None = None,
-    seed: int = 0,
-) -> SamplingBatch:
-    """Rows with the same parameters, without entries."""
-    return SamplingBatch(
-        temperature=torch.full((num_rows,), temperature),
-        top_k=torch.full((num_rows,), top_k, dtype=torch.int32),
-        top_p=torch.full((num_rows,), top_p),
-        min_p=torch.full((num_rows,), min_p),
-        noise_keys=torch.tensor([noise_key(seed, position) for position in range(num_rows)]),
-        repetition=torch.ones(num_rows),
-        presence=torch.zeros(num_rows),
-        frequency=torch.zeros(num_rows),
-        entry_starts=torch.zeros(num_rows + 1, dtype=torch.int32),
-        entry_ids=torch.empty(0, dtype=torch.int32),
-        entry_bias=torch.empty(0),
-        entry_counts=torch.empty(0, dtype=torch.int32),
-        entry_seen=torch.empty(0, dtype=torch.bool),
-        mask=mask,
-        top_n=top_n,
-        greedy=temperature == 0,
-        plain=mask is None,
-    )
-
-
-def with_entries(batch: SamplingBatch, entries: list[dict[int, tuple[float, int, bool]]]) -> SamplingBatch:
-    """entries: for each row, token -> bias, count, seen."""
-    flat = [(token, *value) for row in entries for token, value in sorted(row.items())]
-    return dataclasses.replace(
-        batch,
-        entry_starts=torch.tensor([0, *np.cumsum([len(row) for row in entries])], dtype=torch.int32),
-        entry_ids=torch.tensor([each[0] for each in flat], dtype=torch.int32),
-        entry_bias=torch.tensor([each[1] for each in flat], dtype=torch.float32),
-        entry_counts=torch.tensor([each[2] for each in flat], dtype=torch.int32),
-        entry_seen=torch.tensor([each[3] for each in flat], dtype=torch.bool),
-        plain=False,
-    )
-
-
-def language_like(num_rows: int, vocabulary: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """A few tokens far ahead of many: with bfloat16, full of equals."""
-    source = torch.Generator().manual_seed(seed)
-    logits = torch.randn(num_rows, vocabulary, generator=source) * 2.2
-    ahead = torch.stack([torch.randperm(vocabulary, generator=source)[:30] for _ in range(num_rows)])
-    return logits.scatter_add_(1, ahead, torch.linspace(14, 6, 30).expand(num_rows, -1)).to(dtype)
-
-
-SETTINGS: list[dict[str, float]] = [
-    {"temperature": 0.0},
-    {},
-    {"temperature": 0.6, "top_p": 0.9},
-    {"top_k": 50},
-    {"top_k": 50, "top_p": 0.9, "min_p": 0.02},
-    {"min_p": 0.05},
-    {"temperature": 2.0, "top_p": 0.95},
-    {"temperature": 2.0, "top_p": 0.5, "min_p": 1e-4},
-    {"top_k": 3000, "top_p": 0.99},
-    {"top_k": 1, "temperature": 2.0},
-]
-
-
-@pytest.mark.parametrize("parameters", SETTINGS, ids=str)
+@pytest.mark.parametrize("parameters", SAMPLING, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_a_large_vocabulary(parameters: dict[str, float], dtype: torch.dtype) -> None:
     logits = language_like(4, 128256, seed=1, dtype=dtype)
-    batch = batch_of(4, **parameters, top_n=20)  # type: ignore[arg-type]
+    batch = sampling_batch(4, **parameters, top_n=20)  # type: ignore[arg-type]
     actual, expected = cpu.sample(logits, batch), reference.sample(logits, batch)
     assert actual.token_ids.tolist() == expected.token_ids.tolist()
     assert actual.top_ids is not None
@@ -126,7 +56,7 @@ def test_a_large_vocabulary(parameters: dict[str, float], dtype: torch.dtype) ->
 )
 def test_equals(values: list[float], temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> None:
     logits = torch.tensor([values])
-    batch = batch_of(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    batch = sampling_batch(1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     assert cpu.sample(logits, batch).token_ids.tolist() == reference.sample(logits, batch).token_ids.tolist()
 
 
@@ -147,7 +77,9 @@ def test_entries_and_masks(data: st.DataObject, vocabulary: int) -> None:
         max_size=-(-vocabulary // 32),
     )
     masks = [data.draw(words) for _ in range(num_rows)]
-    batch = batch_of(num_rows, temperature=data.draw(st.sampled_from([0.0, 1.0])), top_k=data.draw(st.integers(0, 3)))
+    batch = sampling_batch(
+        num_rows, temperature=data.draw(st.sampled_from([0.0, 1.0])), top_k=data.draw(st.integers(0, 3))
+    )
     batch = dataclasses.replace(
         with_entries(batch, entries),
         mask=torch.tensor(masks, dtype=torch.int32).view(num_rows, -(-vocabulary // 32))
@@ -175,7 +107,7 @@ def test_no_token(kernels: Kernels) -> None:
     mask[1] = 0
     mask[2, 0] = 0
     mask[3, 0], mask[3, 1] = 0, -1 << 8  # what lies past the vocabulary allows nothing
-    samples = kernels.sample(logits, batch_of(4, mask=mask, top_n=0))
+    samples = kernels.sample(logits, sampling_batch(4, mask=mask, top_n=0))
     assert samples.logprobs is not None
     assert samples.token_ids.tolist()[1::2] == [NOT_FINITE, NONE_ALLOWED]
     assert samples.token_ids[2] >= 32
@@ -219,20 +151,14 @@ def test_minus_infinity_is_a_probability_of_zero(kernels: Kernels) -> None:
     assert top[0].tolist() == pytest.approx([math.log(0.5)] * 2 + [-math.inf])
 
 
-@pytest.mark.parametrize("parameters", SETTINGS[1:5], ids=str)
+@pytest.mark.parametrize("parameters", SAMPLING[1:5], ids=str)
 def test_a_row_in_any_place_is_the_row_alone(parameters: dict[str, float]) -> None:
     """To the bit, log probabilities included."""
     logits = language_like(5, 5001, seed=4)
-    batch = batch_of(5, **parameters, top_n=3)  # type: ignore[arg-type]
+    batch = sampling_batch(5, **parameters, top_n=3)  # type: ignore[arg-type]
     together = cpu.sample(logits, batch)
     for row in range(5):
-        alone = cpu.sample(
-            logits[row : row + 1].clone(),
-            dataclasses.replace(
-                batch_of(1, **parameters, top_n=3),  # type: ignore[arg-type]
-                noise_keys=batch.noise_keys[row : row + 1],
-            ),
-        )
+        alone = cpu.sample(logits[row : row + 1].clone(), sampling_row(batch, row))
         for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
             assert torch.equal(getattr(alone, name), getattr(together, name)[row : row + 1])
 
