@@ -6,16 +6,19 @@ layout may have more places than the step has tokens and sequences; those are pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pronk.engine.sampling.sampler import NUMBERS, numbers
 from pronk.engine.scheduler import Row
-from pronk.kernels.interface import Queries
+from pronk.kernels.interface import Queries, SamplingBatch
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Batch:
     """int64 [R]: the tokens whose logits choose the next."""
     to_slots: Tensor
     """int64 [R]: the slot that keeps the token sampled from each of logit_rows; padding has a slot of its own."""
+    sampling: SamplingBatch | None
+    """Of logit_rows, where the layout has it: plain, without log probabilities. Padding is greedy."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Layout:
     num_tokens: int
     num_seqs: int
     num_samples: int
+    draws: bool
+    """Whether the batch holds what its samples depend on beside their logits."""
     num_blocks: int
     """Entries in each block table."""
     max_len: int
@@ -53,44 +60,85 @@ class Layout:
     """No sequence has more keys."""
 
     @property
-    def _lengths(self) -> tuple[int, ...]:
+    def _lengths(self) -> dict[str, int]:
         tokens, seqs, samples = self.num_tokens, self.num_seqs, self.num_samples
-        return (tokens, tokens, tokens, tokens, seqs, seqs, seqs, samples, samples, seqs * self.num_blocks)
+        lengths = {
+            **dict.fromkeys(("token_ids", "from_slots", "positions", "slots"), tokens),
+            **dict.fromkeys(("starts", "lens", "context_lens"), seqs),
+            **dict.fromkeys(("logit_rows", "to_slots"), samples),
+        }
+        if self.draws:
+            lengths |= {**dict.fromkeys(NUMBERS, samples), "entry_starts": samples + 1}
+        return {**lengths, "block_tables": seqs * self.num_blocks}
 
     @property
     def size(self) -> int:
-        return sum(self._lengths)
+        return sum(self._lengths.values())
 
-    def views(self, buffer: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """buffer int64 [size] -> its parts, as views: token ids, from slots, positions, slots, starts, lens, context
-        lens, logit rows, to slots, block tables [S, num_blocks]."""
-        ends = np.cumsum(self._lengths)
-        parts = [buffer[end - length : end] for end, length in zip(ends, self._lengths, strict=True)]
-        return [*parts[:-1], parts[-1].reshape(self.num_seqs, self.num_blocks)]
+    def views(self, buffer: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """buffer int64 [size] -> its parts, as views: int64, but for the NUMBERS, which have dtypes of their own, and
+        entry_starts, int32; block_tables [S, num_blocks]."""
+        parts, start = {}, 0
+        for name, length in self._lengths.items():
+            part = buffer[start : start + length]
+            dtype = NUMBERS.get(name, np.int32 if name == "entry_starts" else np.int64)
+            parts[name] = part.view(dtype)[:length]
+            start += length
+        parts["block_tables"] = parts["block_tables"].reshape(self.num_seqs, self.num_blocks)
+        return parts
 
     def batch(self, buffer: Tensor) -> Batch:
         """buffer int64 [size], on the device -> the batch that lies in it."""
-        ids, from_slots, positions, slots, starts, lens, contexts, logit_rows, to_slots, tables = torch.split(
-            buffer, list(self._lengths)
-        )
+        lengths = self._lengths
+        parts = dict(zip(lengths, torch.split(buffer, list(lengths.values())), strict=True))
         queries = Queries(
-            starts=starts,
-            lens=lens,
-            context_lens=contexts,
-            block_tables=tables.view(self.num_seqs, self.num_blocks),
+            starts=parts["starts"],
+            lens=parts["lens"],
+            context_lens=parts["context_lens"],
+            block_tables=parts["block_tables"].view(self.num_seqs, self.num_blocks),
             max_len=self.max_len,
             max_context_len=self.max_context_len,
         )
-        return Batch(ids, from_slots, positions, slots, queries, logit_rows, to_slots)
+        return Batch(
+            token_ids=parts["token_ids"],
+            from_slots=parts["from_slots"],
+            positions=parts["positions"],
+            slots=parts["slots"],
+            queries=queries,
+            logit_rows=parts["logit_rows"],
+            to_slots=parts["to_slots"],
+            sampling=_sampling(parts) if self.draws else None,
+        )
 
 
-def layout_of(rows: Rows[Row], block_size: int) -> Layout:
+def _sampling(parts: Mapping[str, Tensor]) -> SamplingBatch:
+    numbers: dict[str, Any] = {}
+    for name, dtype in NUMBERS.items():
+        of_its_own = torch.from_numpy(np.empty(0, dtype)).dtype
+        numbers[name] = parts[name].view(of_its_own)[: len(parts[name])]
+    none = parts["entry_starts"][:0]
+    return SamplingBatch(
+        **numbers,
+        entry_starts=parts["entry_starts"].view(torch.int32)[: len(parts["entry_starts"])],
+        entry_ids=none.view(torch.int32),
+        entry_bias=none.view(torch.float32),
+        entry_counts=none.view(torch.int32),
+        entry_seen=none.view(torch.bool),
+        mask=None,
+        top_n=None,
+        greedy=False,
+        plain=True,
+    )
+
+
+def layout_of(rows: Rows[Row], block_size: int, *, draws: bool) -> Layout:
     """The layout without padding. rows: at least one."""
     longest = max(row.end for row in rows)
     return Layout(
         num_tokens=sum(row.num_tokens for row in rows),
         num_seqs=len(rows),
         num_samples=sum(row.samples for row in rows),
+        draws=draws,
         num_blocks=-(-longest // block_size),
         max_len=max(row.num_tokens for row in rows),
         max_context_len=longest,
@@ -111,28 +159,31 @@ class BatchBuilder:
     def fill(self, rows: Rows[Row], layout: Layout, buffer: NDArray[np.int64]) -> None:
         """buffer int64 [layout.size]: written whole."""
         parts = layout.views(buffer)
-        token_ids, from_slots, positions, slots, starts, lens, contexts, logit_rows, to_slots, tables = parts
-        from_slots.fill(-1)
-        slots.fill(-1)
-        to_slots.fill(self.padding_slot)
-        for part in (token_ids, positions, lens, contexts, logit_rows, tables):
-            part.fill(0)
-        starts.fill(layout.num_tokens)
+        buffer.fill(0)
+        for name in ("from_slots", "slots"):
+            parts[name].fill(-1)
+        parts["to_slots"].fill(self.padding_slot)
+        parts["starts"].fill(layout.num_tokens)
         first, sampling = 0, 0
         for index, row in enumerate(rows):
             sequence, end = row.sequence, first + row.num_tokens
             slot = self._slot(row)
             known = sequence.tokens[row.start : row.end]
-            token_ids[first : first + len(known)] = known
-            from_slots[first + len(known) : end] = slot
-            positions[first:end] = np.arange(row.start, row.end)
-            starts[index], lens[index], contexts[index] = first, row.num_tokens, row.end
+            parts["token_ids"][first : first + len(known)] = known
+            parts["from_slots"][first + len(known) : end] = slot
+            parts["positions"][first:end] = np.arange(row.start, row.end)
+            parts["starts"][index], parts["lens"][index], parts["context_lens"][index] = first, row.num_tokens, row.end
             held = -(-row.end // self._block_size)
-            tables[index, :held] = self._tables[slot, :held]
+            parts["block_tables"][index, :held] = self._tables[slot, :held]
             if row.samples:
-                logit_rows[sampling], to_slots[sampling] = end - 1, slot
+                parts["logit_rows"][sampling], parts["to_slots"][sampling] = end - 1, slot
                 sampling += 1
             first = end
+        if layout.draws and sampling:
+            own = numbers((row.sequence.params, row.sequence.seed, row.end) for row in rows if row.samples)
+            for name, values in own.items():
+                parts[name][:sampling] = values
+        tables, lens, positions, slots = (parts[name] for name in ("block_tables", "lens", "positions", "slots"))
         owners = np.repeat(np.arange(len(rows)), lens[: len(rows)])
         places = positions[:first]
         slots[:first] = tables[owners, places // self._block_size] * self._block_size + places % self._block_size

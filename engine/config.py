@@ -145,6 +145,12 @@ class EngineConfig:
         "the answers are the same",
         flag="--enforce-eager",
     )
+    vendor_products: bool = option(
+        False,
+        "let a GPU's vendor multiply matrices in steps of more than 64 tokens: what a request is answered then depends "
+        "on the requests beside it, and a seed does not bring an answer back",
+        flag="--vendor-products",
+    )
     tensor_parallel_size: int = option(1, "devices that share the model", flag="--tensor-parallel-size")
     seed: int | None = option(
         None,

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ CONTEXT_LENS = (2048, 8192, 32768, 131072)
 """Buckets of the longest sequence: they bound the memory in which attention's splits are merged."""
 MAX_SPLITS = 1 << 16
 """Token and key-split pairs of one graph at most: 32 heads of 64 need half a gigabyte for so many."""
+Draw = Literal["nothing", "largest", "sample"]
+"""What a step does with its logits. largest: chooses the most likely tokens. sample: draws tokens by the numbers that
+each row has in the batch. nothing: they are left to whoever knows of penalties, masks and log probabilities."""
 KEY_SPLIT = 256
 USES_BEFORE_CAPTURE = 2
 
@@ -44,8 +47,7 @@ class Key:
     context_len: int
     decodes: bool
     """Every sequence has one token."""
-    greedy: bool
-    """The most likely tokens are chosen inside."""
+    draw: Draw
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        step: Callable[[Batch, bool], StepResult],
+        step: Callable[[Batch, Draw], StepResult],
         capture: Capture,
         builder: BatchBuilder,
         *,
@@ -90,7 +92,7 @@ class StepGraphs:
         max_num_seqs: int,
         device: torch.device,
     ) -> None:
-        """step(batch, greedy): computes a step, and with greedy chooses its tokens."""
+        """step: computes a batch, and chooses its tokens as it is told."""
         self._step = step
         self._capture = capture
         self._builder = builder
@@ -102,9 +104,9 @@ class StepGraphs:
         self._uses: Counter[Key] = Counter()
         self._ladder = self._expected()
 
-    def launch(self, rows: Rows[Row], *, greedy: bool) -> StepResult | None:
+    def launch(self, rows: Rows[Row], draw: Draw) -> StepResult | None:
         """Replay the step's graph. -> None when it has none (yet): then it must be launched operation by operation."""
-        key = self.key_of(rows, greedy=greedy)
+        key = self.key_of(rows, draw)
         if key is None:
             return None
         graph = self._graphs.get(key)
@@ -126,7 +128,7 @@ class StepGraphs:
                 return True
         return False
 
-    def key_of(self, rows: Rows[Row], *, greedy: bool) -> Key | None:
+    def key_of(self, rows: Rows[Row], draw: Draw) -> Key | None:
         """-> the smallest buckets that hold the step; None when none does."""
         decodes = all(row.num_tokens == 1 for row in rows)
         num_tokens = _at_least(DECODE_TOKENS if decodes else MIXED_TOKENS, sum(row.num_tokens for row in rows))
@@ -135,7 +137,7 @@ class StepGraphs:
             return None
         if num_tokens * -(-context_len // KEY_SPLIT) > MAX_SPLITS:
             return None
-        return Key(num_tokens, context_len, decodes, greedy)
+        return Key(num_tokens, context_len, decodes, draw)
 
     def capture(self, key: Key) -> Graph:
         """Capture a graph on a step of nothing but padding, which changes nothing."""
@@ -144,6 +146,7 @@ class StepGraphs:
             num_tokens=key.num_tokens,
             num_seqs=num_seqs,
             num_samples=num_seqs,
+            draws=key.draw == "sample",
             num_blocks=-(-key.context_len // self._block_size),
             max_len=1 if key.decodes else key.num_tokens,
             max_context_len=key.context_len,
@@ -151,7 +154,7 @@ class StepGraphs:
         buffer = stage(self._builder, (), layout, self._device).to(self._device)
         batch = layout.batch(buffer)
         with torch.inference_mode():
-            replay, result = self._capture(lambda: self._step(batch, key.greedy))
+            replay, result = self._capture(lambda: self._step(batch, key.draw))
         graph = Graph(layout, buffer, replay, result)
         self._graphs[key] = graph
         return graph
@@ -163,8 +166,8 @@ class StepGraphs:
         for context_len in self._context_lens[:2]:
             for num_tokens in DECODE_TOKENS:
                 if num_tokens <= self._max_num_seqs:
-                    yield Key(num_tokens, context_len, decodes=True, greedy=True)
-                    yield Key(num_tokens, context_len, decodes=True, greedy=False)
+                    yield Key(num_tokens, context_len, decodes=True, draw="largest")
+                    yield Key(num_tokens, context_len, decodes=True, draw="sample")
 
 
 def stage(builder: BatchBuilder, rows: Rows[Row], layout: Layout, device: torch.device) -> Tensor:

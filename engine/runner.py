@@ -20,17 +20,17 @@ from pronk.engine.cache import memory
 from pronk.engine.config import EngineConfig
 from pronk.engine.errors import ConfigError
 from pronk.engine.grammar import Mask
-from pronk.engine.graphs import Capture, CudaCapture, StepGraphs, StepResult, stage
+from pronk.engine.graphs import Capture, CudaCapture, Draw, StepGraphs, StepResult, stage
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.request import TokenLogprobs
-from pronk.engine.sampling.sampler import Sampled, SampleRow, sample
+from pronk.engine.sampling.sampler import Sampled, SampleRow, build, read
 from pronk.engine.scheduler import Row
 from pronk.engine.sequence import Sequence
 from pronk.engine.weights.checkpoint import open_checkpoint
 from pronk.engine.weights.progress import track
 from pronk.kernels import for_device
-from pronk.kernels.interface import Kernels, WeightFormat
+from pronk.kernels.interface import Kernels, Queries, Samples, WeightFormat
 
 CPU_STEP_TOKENS = 256
 GPU_STEP_TOKENS = 4096
@@ -50,9 +50,10 @@ class Forward:
 class Launched:
     """A step under way: what `collect` waits for."""
 
-    rows: Rows[Row]
-    sampled: list[Sampled] | Readback
-    """Readback: of the token ids alone, -1 where the numbers were not finite."""
+    asked: Rows[int | None]
+    """For each row that samples: how many log probabilities it wants, if any."""
+    samples: Readback | None
+    """None where no row samples."""
     prompt_logprobs: dict[Sequence, list[TokenLogprobs]]
 
 
@@ -67,21 +68,30 @@ class Collected:
 
 
 class Readback:
-    """A tensor on its way from the device to the host. It is copied: the next step may write where it lies."""
+    """Samples on their way from the device to the host. They are copied: the next step may write where they lie."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        on_gpu = tensor.device.type == "cuda"
-        self._host = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
-        self._host.copy_(tensor, non_blocking=True)
+    def __init__(self, samples: Samples) -> None:
+        on_gpu = samples.token_ids.device.type == "cuda"
+        self._host = Samples(
+            *(None if tensor is None else _copied(tensor, pin_memory=on_gpu) for tensor in _tensors(samples))  # type: ignore[arg-type]
+        )
         self._arrived = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:
             self._arrived.record()
 
-    def read(self) -> Tensor:
-        """Wait for it. -> it, on the host."""
+    def read(self) -> Samples:
+        """Wait for them. -> they, on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host
+
+
+def _tensors(samples: Samples) -> tuple[Tensor | None, ...]:
+    return samples.token_ids, samples.logprobs, samples.top_ids, samples.top_logprobs
+
+
+def _copied(tensor: Tensor, *, pin_memory: bool) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=pin_memory).copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -106,26 +116,28 @@ class ModelRunner:
     def forward(self, rows: Rows[Row]) -> Forward:
         """Compute a step: keys and values of every row's tokens. Where that is all it takes, also the tokens that are
         sampled."""
-        sampling = [row for row in rows if row.samples]
-        greedy = bool(sampling) and all(_takes_the_largest(row) for row in sampling)
+        draw = draw_of([row for row in rows if row.samples])
         with torch.inference_mode():
             result = None
             if self.graphs is not None and not any(row.scores for row in rows):
-                result = self.graphs.launch(rows, greedy=greedy)
+                result = self.graphs.launch(rows, draw)
             if result is None:
-                layout = layout_of(rows, self.block_size)
+                layout = layout_of(rows, self.block_size, draws=draw == "sample")
                 buffer = stage(self.builder, rows, layout, self.device).to(self.device, non_blocking=True)
-                result = self.step(layout.batch(buffer), greedy)
+                result = self.step(layout.batch(buffer), draw)
         return Forward(rows, result)
 
-    def step(self, batch: Batch, greedy: bool) -> StepResult:
+    def step(self, batch: Batch, draw: Draw) -> StepResult:
         """The device's part of a step, with nothing in it that waits for the host: it can be captured."""
         known = batch.from_slots < 0
         token_ids = torch.where(known, batch.token_ids, self.last_tokens[batch.from_slots.clamp(min=0)])
         hidden = self.model.forward(token_ids, batch, self.cache)
-        chosen = None
-        if greedy:
-            chosen, _ = self.model.kernels.linear_argmax(hidden[batch.logit_rows], self.model.head)
+        kernels, chosen = self.model.kernels, None
+        if draw == "largest":
+            chosen, _ = kernels.linear_argmax(hidden[batch.logit_rows], self.model.head)
+        elif batch.sampling is not None:
+            chosen = kernels.sample(self.model.logits(hidden[batch.logit_rows]), batch.sampling).token_ids
+        if chosen is not None:
             self._keep(batch.to_slots, chosen)
         return StepResult(batch, hidden, chosen)
 
@@ -133,20 +145,20 @@ class ModelRunner:
         """Sample the next token of those rows that sample, and keep it for the step after. masks: which tokens may be
         sampled, for sequences where not all may."""
         sampling = [row for row in forward.rows if row.samples]
-        result, batch = forward.result, forward.result.batch
+        result = forward.result
         with torch.inference_mode():
             prompt_logprobs = self._score_prompts(forward)
+            if not sampling:
+                return Launched((), None, prompt_logprobs)
             if result.token_ids is not None:
-                return Launched(forward.rows, Readback(result.token_ids[: len(sampling)]), prompt_logprobs)
-            sampled = []
-            if sampling:
-                logits = self.model.logits(result.hidden[batch.logit_rows[: len(sampling)]])
-                sampled = sample(
-                    self.model.kernels, logits, [_sample_row(row, masks.get(row.sequence)) for row in sampling]
-                )
-                tokens = torch.tensor([-1 if each.token is None else each.token for each in sampled])
-                self._keep(batch.to_slots[: len(sampling)], tokens)
-        return Launched(forward.rows, sampled, prompt_logprobs)
+                samples = Samples(result.token_ids[: len(sampling)])
+            else:
+                logits = self.model.logits(result.hidden[result.batch.logit_rows[: len(sampling)]])
+                rows = [_sample_row(row, masks.get(row.sequence)) for row in sampling]
+                samples = self.model.kernels.sample(logits, build(rows, logits.shape[1], logits.device))
+                self._keep(result.batch.to_slots[: len(sampling)], samples.token_ids)
+            asked = [row.sequence.params.logprobs for row in sampling]
+            return Launched(asked, Readback(samples), prompt_logprobs)
 
     def _keep(self, slots: Tensor, tokens: Tensor) -> None:
         """slots, tokens int64 [R]: what the next step reads. A token that is none stands for a row that has failed."""
@@ -154,9 +166,7 @@ class ModelRunner:
 
     def collect(self, launched: Launched) -> Collected:
         """Wait for a step's results."""
-        sampled = launched.sampled
-        if isinstance(sampled, Readback):
-            sampled = [Sampled(None if token < 0 else token) for token in sampled.read().tolist()]
+        sampled = [] if launched.samples is None else read(launched.samples.read(), launched.asked)
         return Collected(sampled, launched.prompt_logprobs)
 
     def _score_prompts(self, forward: Forward) -> dict[Sequence, list[TokenLogprobs]]:
@@ -167,17 +177,26 @@ class ModelRunner:
             for start in range(row.scores.start, row.scores.stop, SCORED_TOGETHER):
                 end = min(start + SCORED_TOGETHER, row.scores.stop)
                 hidden = forward.result.hidden[first + start - row.start : first + end - row.start]
-                entries = score(self.model.logits(hidden).float(), row.sequence.tokens[start + 1 : end + 1], top_n)
-                scored.setdefault(row.sequence, []).extend(entries)
+                tokens = torch.tensor(row.sequence.tokens[start + 1 : end + 1], device=self.device)
+                found = self.model.kernels.logprobs(self.model.logits(hidden), tokens, top_n)
+                entries = zip(*(each.tolist() for each in found), strict=True)
+                scored.setdefault(row.sequence, []).extend(TokenLogprobs(*entry) for entry in entries)
             first += row.num_tokens
         return scored
 
 
-def _takes_the_largest(row: Row) -> bool:
-    """Whether the row's next token is the one with the largest logit, and nothing else is asked."""
+def draw_of(sampling: Rows[Row]) -> Draw:
+    """-> what the device can do with the logits of these rows by itself."""
+    if not sampling or not all(_is_plain(row) for row in sampling):
+        return "nothing"
+    return "largest" if all(row.sequence.params.temperature == 0 for row in sampling) else "sample"
+
+
+def _is_plain(row: Row) -> bool:
+    """Whether the row's next token depends on its logits and a few numbers, and nothing but the token is asked."""
     params = row.sequence.params
     changed = params.logit_bias or params.allowed_token_ids or row.sequence.ending_ids(row.end)
-    return params.temperature == 0 and params.logprobs is None and not (row.sequence.needs_history or changed)
+    return params.logprobs is None and not (row.sequence.needs_history or changed)
 
 
 def _sample_row(row: Row, mask: Mask | None) -> SampleRow:
@@ -194,14 +213,6 @@ def _sample_row(row: Row, mask: Mask | None) -> SampleRow:
     )
 
 
-def score(logits: Tensor, token_ids: list[int], top_n: int) -> list[TokenLogprobs]:
-    """logits float32 [R, V] -> the log probabilities of one token each, and of the top_n most likely."""
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1)
-    top, ids = logprobs.topk(top_n, dim=-1)
-    return [TokenLogprobs(*entry) for entry in zip(chosen.tolist(), ids.tolist(), top.tolist(), strict=True)]
-
-
 def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int], None]) -> ModelRunner:
     """Load the checkpoint in `folder` and allocate the cache.
 
@@ -211,9 +222,12 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
     device = choose_device(config.device)
     checkpoint = open_checkpoint(folder, config.load_format, seed=config.seed or 0)
     dtype = choose_dtype(config.dtype, checkpoint.config)
-    kernels = for_device(device.type)
+    kernels = choose_kernels(config, device)
     weight_format = choose_weight_format(config.quantization, kernels)
     cache_dtype = choose_cache_dtype(config.cache.kv_cache_dtype, dtype, device)
+    check_kernels(
+        kernels, checkpoint.config, config.cache.block_size, dtype=dtype, cache_dtype=cache_dtype, device=device
+    )
     with torch.inference_mode():
         model = llama.load(
             checkpoint.config,
@@ -291,6 +305,34 @@ def choose_dtype(name: str, config: LlamaConfig) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[
         config.dtype if name == "auto" else name
     ]
+
+
+def choose_kernels(config: EngineConfig, device: torch.device) -> Kernels:
+    """Raises ConfigError where the device's set does not run."""
+    try:
+        return for_device(device.type, vendor_products=config.vendor_products)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_kernels(
+    kernels: Kernels,
+    model: LlamaConfig,
+    block_size: int,
+    *,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Before anything is loaded: raises ConfigError for a model, a dtype or a cache that the set is not made for."""
+    nobody = torch.zeros(0, dtype=torch.int64, device=device)
+    queries = Queries(nobody, nobody, nobody, nobody.view(0, 1), max_len=1, max_context_len=1)
+    try:
+        kernels.describe(dtype)
+        cache = memory.allocate(model, 1, block_size, dtype=cache_dtype, device=device)
+        kernels.plan_attention(queries, num_heads=model.num_attention_heads, cache=cache.layers[0])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def choose_weight_format(quantization: str, kernels: Kernels) -> WeightFormat:

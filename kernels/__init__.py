@@ -8,17 +8,22 @@ if TYPE_CHECKING:
     from pronk.kernels.interface import Kernels
 
 
-def for_device(device: str) -> Kernels:
-    """device: "cpu" or "cuda". Raises ValueError for anything else.
+def for_device(device: str, *, vendor_products: bool = False) -> Kernels:
+    """device: "cpu" or "cuda". vendor_products: see `gpu.vendor`, which says what that breaks.
 
-    On a GPU the plain definitions run for now: right, and slow. The Triton set takes this place.
+    Raises ValueError for a device that there is no set for, or that the set does not run on; ImportError where Triton
+    is missing.
     """
-    if device == "cpu":
+    if device == "cpu" and not vendor_products:
         from pronk.kernels import cpu
 
         return cpu
     if device == "cuda":
-        from pronk.kernels import reference
+        from pronk.kernels import gpu
+        from pronk.kernels.gpu import vendor
 
-        return reference
+        gpu.check_device()
+        return vendor if vendor_products else gpu
+    if device == "cpu":
+        raise ValueError("the CPU kernels have no vendor's products: they are for --device cuda")
     raise ValueError(f"no kernels for the device {device!r}: choose cpu or cuda")

@@ -108,7 +108,7 @@ class SamplingBatch:
     temperature: Tensor
     """float32 [R]: 0, or a normal number."""
     top_k: Tensor
-    """int32 [R]; 0: all."""
+    """int32 [R]; 0, or V and more: all."""
     top_p: Tensor
     """float32 [R]"""
     min_p: Tensor

@@ -6,7 +6,7 @@ Knows what a row asks for; not whose it is, nor how it came about; and nothing o
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,26 @@ import torch
 from torch import Tensor
 
 from pronk.engine.request import SamplingParams, TokenLogprobs
-from pronk.kernels.interface import NONE_ALLOWED, Kernels, Samples, SamplingBatch
+from pronk.kernels.interface import NONE_ALLOWED, Samples, SamplingBatch
 from pronk.kernels.noise import noise_key
 
 SMALLEST = float(np.finfo(np.float32).tiny)
 """What a smaller temperature or penalty counts as: float32 has no room for it, and some devices take it for 0."""
+LARGEST_TOP_K = 2**31 - 1
 ALIGNMENT = 16
 """Bytes: what a kernel may read at a time."""
+
+NUMBERS: Mapping[str, type[np.generic]] = {
+    "noise_keys": np.int64,
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "repetition": np.float32,
+    "presence": np.float32,
+    "frequency": np.float32,
+}
+"""What a SamplingBatch has one number of for each row."""
 
 Array = np.ndarray[Any, Any]
 
@@ -57,27 +70,14 @@ class Sampled:
     """Why there is no token: everything was forbidden."""
 
 
-def sample(kernels: Kernels, logits: Tensor, rows: Rows[SampleRow]) -> list[Sampled]:
-    """logits [R, V], one row for each of `rows`; not changed. Waits for the device."""
-    return read(kernels.sample(logits, build(rows, logits.shape[1], logits.device)), rows)
-
-
 def build(rows: Rows[SampleRow], vocab_size: int, device: torch.device) -> SamplingBatch:
     """What `kernels.sample` needs to know of the rows, copied to the device at once, without waiting for it."""
-    params = [row.params for row in rows]
     entries = [_entries(row) for row in rows]
     masks = [_mask(row, vocab_size) for row in rows]
-    asked = [each.logprobs for each in params if each.logprobs is not None]
+    asked = [row.params.logprobs for row in rows if row.params.logprobs is not None]
     masked = any(mask is not None for mask in masks)
     arrays = {
-        "noise_keys": np.array([noise_key(row.seed, row.position) for row in rows], np.int64),
-        "temperature": _at_least_smallest(each.temperature for each in params),
-        "top_k": np.array([each.top_k if each.top_k < vocab_size else 0 for each in params], np.int32),
-        "top_p": np.array([each.top_p for each in params], np.float32),
-        "min_p": np.array([each.min_p for each in params], np.float32),
-        "repetition": _at_least_smallest(each.repetition_penalty for each in params),
-        "presence": np.array([each.presence_penalty for each in params], np.float32),
-        "frequency": np.array([each.frequency_penalty for each in params], np.float32),
+        **numbers((row.params, row.seed, row.position) for row in rows),
         "entry_starts": np.cumsum([0, *(len(each.ids) for each in entries)], dtype=np.int32),
         "entry_ids": _joined([each.ids for each in entries], np.int32),
         "entry_bias": _joined([each.bias for each in entries], np.float32),
@@ -91,24 +91,44 @@ def build(rows: Rows[SampleRow], vocab_size: int, device: torch.device) -> Sampl
     return SamplingBatch(
         **tensors,
         top_n=max(asked, default=None),
-        greedy=all(each.temperature == 0 for each in params),
+        greedy=all(row.params.temperature == 0 for row in rows),
         plain=not masked and not any(len(each.ids) for each in entries),
     )
 
 
-def read(samples: Samples, rows: Rows[SampleRow]) -> list[Sampled]:
-    """samples: those of `rows`, on any device."""
+def numbers(rows: Iterable[tuple[SamplingParams, int, int]]) -> dict[str, Array]:
+    """The NUMBERS of rows: of each its parameters, its seed, and the position of the token that is sampled."""
+    rows = list(rows)
+    params = [each for each, _, _ in rows]
+    values: dict[str, list[float]] = {
+        "noise_keys": [noise_key(seed, position) for _, seed, position in rows],
+        "temperature": [_at_least_smallest(each.temperature) for each in params],
+        "top_k": [min(each.top_k, LARGEST_TOP_K) for each in params],
+        "top_p": [each.top_p for each in params],
+        "min_p": [each.min_p for each in params],
+        "repetition": [_at_least_smallest(each.repetition_penalty) for each in params],
+        "presence": [each.presence_penalty for each in params],
+        "frequency": [each.frequency_penalty for each in params],
+    }
+    return {name: np.array(values[name], dtype) for name, dtype in NUMBERS.items()}
+
+
+def read(samples: Samples, asked: Rows[int | None]) -> list[Sampled]:
+    """samples: on the host; asked: for each row, how many of the most likely tokens' log probabilities, or None."""
     tokens = samples.token_ids.tolist()
     if samples.logprobs is None or samples.top_ids is None or samples.top_logprobs is None:
-        return [Sampled(token if token >= 0 else None, none_allowed=token == NONE_ALLOWED) for token in tokens]
+        return [_sampled(token) for token in tokens]
     found = zip(tokens, samples.logprobs.tolist(), samples.top_ids.tolist(), samples.top_logprobs.tolist(), strict=True)
-    results = []
-    for row, (token, logprob, top_ids, top) in zip(rows, found, strict=True):
-        count = row.params.logprobs
-        wanted = count is not None and token >= 0
-        logprobs = TokenLogprobs(logprob, top_ids[:count], top[:count]) if wanted else None
-        results.append(Sampled(token if token >= 0 else None, logprobs, none_allowed=token == NONE_ALLOWED))
-    return results
+    return [
+        _sampled(token, None if count is None else TokenLogprobs(logprob, top_ids[:count], top[:count]))
+        for count, (token, logprob, top_ids, top) in zip(asked, found, strict=True)
+    ]
+
+
+def _sampled(token: int, logprobs: TokenLogprobs | None = None) -> Sampled:
+    if token < 0:
+        return Sampled(None, none_allowed=token == NONE_ALLOWED)
+    return Sampled(token, logprobs)
 
 
 def num_words(vocab_size: int) -> int:
@@ -180,9 +200,9 @@ def _mask_of(allowed: tuple[int, ...], vocab_size: int) -> Array:
     return np.packbits(bits, bitorder="little").view("<i4")
 
 
-def _at_least_smallest(values: Any) -> Array:
-    """float32; 0 stays 0."""
-    return np.array([max(value, SMALLEST) if value else 0.0 for value in values], np.float32)
+def _at_least_smallest(value: float) -> float:
+    """0 stays 0."""
+    return max(value, SMALLEST) if value else 0.0
 
 
 def _joined(arrays: list[Array], dtype: Any) -> Array:

@@ -23,8 +23,10 @@ from pronk.kernels.gpu.linear import (
     linear_silu_mul,
     pack,
 )
+from pronk.kernels.gpu.logprobs import logprobs
 from pronk.kernels.gpu.norm import add_rms_norm, rms_norm
 from pronk.kernels.gpu.rope import rope_and_cache
+from pronk.kernels.gpu.sampling import sample
 
 del _triton
 
@@ -39,9 +41,11 @@ __all__ = [
     "linear_argmax",
     "linear_rope_and_cache",
     "linear_silu_mul",
+    "logprobs",
     "pack",
     "plan_attention",
     "rms_norm",
     "rope_and_cache",
+    "sample",
     "silu_mul",
 ]

@@ -7,7 +7,6 @@ position; that the noise is what it should be is test_noise.py's matter. Everyth
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections import Counter
@@ -21,8 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pronk.engine.request import SamplingParams
-from pronk.engine.sampling import sampler
-from pronk.engine.sampling.sampler import Sampled, SampleRow, build
+from pronk.engine.sampling.sampler import Sampled, SampleRow, build, read
 from pronk.kernels import cpu, reference, sampling
 from pronk.kernels.noise import exponential, noise_key
 
@@ -43,7 +41,12 @@ Sample = Callable[[Tensor, list[SampleRow]], list[Sampled]]
 @pytest.fixture(params=[cpu, reference], ids=["cpu", "reference"])
 def sample(request: pytest.FixtureRequest) -> Sample:
     """The sampler over each kernel set."""
-    return functools.partial(sampler.sample, request.param)
+
+    def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
+        found = request.param.sample(logits, build(rows, logits.shape[1], logits.device))
+        return read(found, [row.params.logprobs for row in rows])
+
+    return sample
 
 
 def row(
@@ -574,7 +577,7 @@ def test_what_a_batch_holds() -> None:
     ]
     batch = build(rows, 40, torch.device("cpu"))
     assert batch.temperature.tolist() == [0.5, 0.0]
-    assert batch.top_k.tolist() == [3, 0]  # as many as there are is all
+    assert batch.top_k.tolist() == [3, 50]
     assert batch.top_p.tolist() == [0.25, 1.0]
     assert batch.min_p.tolist() == [0.125, 0.0]
     assert batch.noise_keys.tolist() == [noise_key(9, 4), noise_key(0, 0)]

@@ -481,6 +481,7 @@ def test_a_set_describes_itself(kernels: Kernels) -> None:
 
 def test_a_device_has_its_set() -> None:
     assert for_device("cpu") is cpu
-    assert for_device("cuda") is reference
+    with pytest.raises(ValueError, match="they are for --device cuda"):
+        for_device("cpu", vendor_products=True)
     with pytest.raises(ValueError, match="choose cpu or cuda"):
         for_device("tpu")

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from pronk.kernels import gpu, interpreter
+from pronk.kernels import for_device, gpu, interpreter
+from pronk.kernels.gpu import vendor
 
 
 def test_a_dtype_that_is_none(device: str) -> None:
@@ -19,6 +20,8 @@ def test_a_dtype_that_is_none(device: str) -> None:
 
 def test_this_device_will_do(device: str) -> None:
     gpu.check_device()
+    assert for_device("cuda") is gpu
+    assert for_device("cuda", vendor_products=True) is vendor
 
 
 @pytest.mark.parametrize(
