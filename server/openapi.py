@@ -14,7 +14,16 @@ from pronk.engine.errors import PronkError
 
 Schema = dict[str, Any]
 
-STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "data": {"type": "string", "description": "A JSON object; at the end of some streams the text [DONE]."},
+        "event": {"type": "string"},
+    },
+}
+# itemSchema describes one event. It is OpenAPI 3.2's: 3.1 has no word for it, and takes `schema` for the whole stream.
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"itemSchema": EVENT}}}}
 """For a route whose answer may also be a stream."""
 REFUSED = "Refused:"
 """How the description begins of a field that is known and not served, or of the `type` of such an object."""

@@ -8,6 +8,7 @@ import pkgutil
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
+import jsonschema
 import pytest
 
 from pronk.server import protocol
@@ -112,6 +113,19 @@ def test_every_endpoint_is_described(method: str, path: str, operation: dict[str
 def test_only_what_can_be_streamed_is_described_as_a_stream() -> None:
     streams = {path for _, path, operation in OPERATIONS if "text/event-stream" in str(operation["responses"]["200"])}
     assert streams == {"/v1/chat/completions", "/v1/completions", "/v1/responses"}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+async def test_the_description_of_a_stream_is_that_of_its_events(connect: Connect, path: str) -> None:
+    described = DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]
+    prompt = {"/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "/v1/responses": {"input": "a"}}
+    body = {"model": "tiny", "stream": True, **prompt.get(path, {})}
+    reply = await connect().call("POST", path, json.dumps(body).encode())
+    blocks = reply.body.decode().removesuffix("\n\n").split("\n\n")
+    assert len(blocks) > 1
+    for block in blocks:
+        event = dict(line.split(": ", 1) for line in block.split("\n"))
+        jsonschema.validate(event, {**described, "additionalProperties": False})
 
 
 @pytest.mark.parametrize("body", BODIES)
