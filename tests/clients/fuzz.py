@@ -23,18 +23,20 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-CHECKS = (
-    "not_a_server_error",
-    "status_code_conformance",
-    "content_type_conformance",
-    "response_headers_conformance",
-    "response_schema_conformance",
-    "negative_data_rejection",
-    "unsupported_method",
-)
-# A body that is too long is refused, too. The path of the second rule is also that of a response with this id.
+# Checks are named here and not on the command line, which would turn on again what is turned off for one operation.
+# A body that is too long is refused, too. The path of the last rule is also that of a response with this id.
 CONFIG = """
+[checks]
+enabled = false
+not_a_server_error.enabled = true
+status_code_conformance.enabled = true
+content_type_conformance.enabled = true
+response_headers_conformance.enabled = true
+response_schema_conformance.enabled = true
+unsupported_method.enabled = true
+
 [checks.negative_data_rejection]
+enabled = true
 expected-statuses = [400, 401, 404, 405, 413, 429]
 
 [[operations]]
@@ -101,7 +103,7 @@ def main() -> int:
             (Path(folder) / "schemathesis.toml").write_text(CONFIG)
             (Path(folder) / "openapi.json").write_text(json.dumps(document))
             command = [asked.schemathesis, "run", "openapi.json", "--url", asked.url, "--mode", "all"]
-            command += ["--checks", ",".join(CHECKS), "--max-examples", str(asked.examples), "--seed", str(asked.seed)]
+            command += ["--max-examples", str(asked.examples), "--seed", str(asked.seed)]
             command += ["--continue-on-failure", "--request-timeout", "60", "--suppress-health-check", "all", *more]
             failed |= subprocess.run(command, cwd=folder, check=False).returncode != 0
     return int(failed)
