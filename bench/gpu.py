@@ -199,6 +199,7 @@ def _parts(gpu: Any, device: Any, report: Report, seed: int, *, dry: bool) -> di
         "ceilings": ceilings,
         "correctness": checks(gpu_checks.correctness),
         "invariance": checks(gpu_checks.invariance),
+        "whole-steps": checks(lambda gpu, where, seed, *, dry: gpu_checks.steps(gpu, device, seed, dry=dry)),
     }
     # Whole steps before the long tables, so that they are there when time runs out.
     order = ("steps", "sampler", "decode-attention", "products", "prefill-attention")

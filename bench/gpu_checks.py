@@ -6,8 +6,11 @@ of the tests are; no timing.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_inputs
@@ -56,7 +59,9 @@ def correctness(gpu: Any, where: torch.device, seed: int, *, dry: bool) -> Itera
             yield (f"linear {name} {rows}x{outputs}x{inputs}", *worst(gpu.linear(x.to(where), packed), expected, bound))
     yield from _attention(gpu, where, seed, dry=dry)
     yield from _rows(gpu, where, seed, dry=dry)
+    yield from _rope(gpu, where, seed, dry=dry)
     yield from _argmax(gpu, where, seed, dry=dry)
+    yield from _sampling(gpu, where, seed, dry=dry)
 
 
 def _attention(gpu: Any, where: torch.device, seed: int, *, dry: bool) -> Iterator[Check]:
@@ -107,6 +112,37 @@ def _argmax(gpu: Any, where: torch.device, seed: int, *, dry: bool) -> Iterator[
     ids, _ = gpu.linear_argmax(x, weight)
     plain = reference.largest(gpu.linear(x, weight))[0]
     yield "linear_argmax is the largest of linear", bool(torch.equal(ids, plain)), f"{ids.tolist()}"
+
+
+def _rope(gpu: Any, where: torch.device, seed: int, *, dry: bool) -> Iterator[Check]:
+    for case in cases.ROPE[:1] if dry else cases.ROPE:
+        inputs = cases.rope_inputs(case, torch.bfloat16, seed)
+        table = inputs.cos_sin[inputs.positions].double()
+        heads = inputs.qkv.view(case.num_tokens, -1, case.heads.head_dim)
+        q, k, v = heads.split([case.heads.num_heads, case.heads.num_kv_heads, case.heads.num_kv_heads], dim=1)
+        cache = LayerCache(*(torch.zeros(inputs.cache_shape, dtype=torch.bfloat16, device=where) for _ in range(2)))
+        places = [tensor.to(where) for tensor in (inputs.qkv, inputs.positions, inputs.cos_sin, inputs.slots)]
+        queries = gpu.rope_and_cache(*places, cache)
+        expected = reference.rotate(q.double(), table)
+        bound = cases.rope_bound(q, table, expected, torch.bfloat16)
+        yield (f"rope_and_cache {case.name}: queries", *worst(queries, expected, bound))
+        blocks, rows = (inputs.slots // case.block_size).to(where), (inputs.slots % case.block_size).to(where)
+        expected = reference.rotate(k.double(), table)
+        bound = cases.rope_bound(k, table, expected, torch.bfloat16)
+        yield (f"rope_and_cache {case.name}: keys", *worst(cache.keys[blocks, :, rows], expected, bound))
+        same = bool(torch.equal(cache.values[blocks, :, rows].cpu(), v))
+        yield f"rope_and_cache {case.name}: values", same, "as they were" if same else "changed"
+
+
+def _sampling(gpu: Any, where: torch.device, seed: int, *, dry: bool) -> Iterator[Check]:
+    logits = cases.language_like(2 if dry else 32, 300 if dry else 128256, seed)
+    for parameters in cases.SAMPLING:
+        batch = cases.sampling_batch(len(logits), **parameters, top_n=20, seed=seed)  # type: ignore[arg-type]
+        found, expected = gpu.sample(logits.to(where), to(where, batch)), reference.sample(logits, batch)
+        wrong = int((found.token_ids.cpu() != expected.token_ids).sum())
+        yield f"sample {parameters}: the definition's tokens", wrong == 0, f"{wrong} of {len(logits)} differ"
+        error = (found.top_logprobs.cpu() - expected.top_logprobs).abs().max().item()
+        yield f"sample {parameters}: log probabilities", error < 2e-5, f"off by {error:.1e}"
 
 
 def invariance(gpu: Any, where: torch.device, seed: int, *, dry: bool) -> Iterator[Check]:
@@ -169,3 +205,47 @@ def _attention_invariance(gpu: Any, where: torch.device, seed: int, *, dry: bool
                     not wrong,
                     f"differs at {wrong or 'none'}",
                 )
+
+
+def steps(gpu: Any, device: Any, seed: int, *, dry: bool) -> Iterator[Check]:
+    """Two layers of each model."""
+    for name in ("1B",) if dry else ("1B", "3B"):
+        llama = dataclasses.replace(gpu_inputs.config(name, dry=dry), num_hidden_layers=1 if dry else 2)
+        batch, length = (3, 20) if dry else (256, 700)
+        for what, holds, figure in _steps_of(gpu, device, llama, batch, length, seed):
+            yield f"step {name}: {what}", holds, figure
+
+
+def _steps_of(gpu: Any, device: Any, llama: Any, batch: int, length: int, seed: int) -> Iterator[Check]:
+    """A sequence alone and in a batch, its prompt whole and in chunks; a step launched and replayed from a graph."""
+    where = device.where
+    model = gpu_inputs.random_model(gpu, llama, where, "plain", num_positions=1024)
+    source = torch.Generator().manual_seed(seed)
+    prompt, tokens = (torch.randint(llama.vocab_size, (n,), generator=source).to(where) for n in (length, batch))
+    ends = [length + 1, *torch.randint(2, length, (batch - 1,), generator=source).tolist()]
+    tables, num_blocks = gpu_inputs.block_tables(ends)
+    layers = [gpu_inputs.cache(llama, num_blocks, where, dtype=torch.bfloat16) for _ in model.layers]
+
+    def logits(ids: Tensor, step: Any) -> Tensor:
+        hidden = model.forward(ids, step, SimpleNamespace(layers=layers))  # type: ignore[arg-type]
+        return model.logits(hidden[step.logit_rows])
+
+    def run(ids: Tensor, lens: list[int], contexts: list[int]) -> Tensor:
+        return logits(ids, gpu_inputs.step(lens, contexts, where, tables=tables[: len(lens)])[0])
+
+    with torch.inference_mode():
+        whole = run(prompt, [length], [length])
+        cuts = [0, length // 3, length // 2, length]
+        for start, end in itertools.pairwise(cuts):
+            chunks = run(prompt[start:end], [end - start], [end])
+        yield f"a prompt of {length}, whole as in chunks", bool(torch.equal(whole, chunks)), f"{cuts}"
+        together = run(tokens, [1] * batch, ends)
+        alone = run(tokens[:1], [1], ends[:1])
+        yield f"a sequence alone as among {batch}", bool(torch.equal(alone, together[:1])), ""
+        step, _ = gpu_inputs.step([1] * batch, ends, where, tables=tables)
+        replayed = torch.empty_like(together)
+        replay = device.graph(lambda: replayed.copy_(logits(tokens, step)))
+        replayed.zero_()
+        replay()
+        device.synchronize()
+        yield "launched as replayed", bool(torch.equal(replayed, together)), f"{batch} sequences"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pronk.engine.model import llama as llama_model
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.model.rope import cos_sin_table
 from pronk.kernels.interface import LayerCache, Queries, SamplingBatch
@@ -63,22 +65,32 @@ class Step:
     logit_rows: Tensor
 
 
-def step(
-    lens: list[int], context_lens: list[int], where: torch.device, *, block_size: int = BLOCK_SIZE, seed: int = 0
-) -> tuple[Step, int]:
-    """Sequences with their blocks in random order. -> the batch, and how many blocks the cache must have."""
+def block_tables(context_lens: list[int], *, block_size: int = BLOCK_SIZE, seed: int = 0) -> tuple[Tensor, int]:
+    """Blocks in random order for sequences of these lengths. -> int64 [S, most blocks], and how many there are."""
     needed = [-(-context // block_size) for context in context_lens]
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(sum(needed), generator=generator)
-    tables = torch.zeros(len(lens), max(needed), dtype=torch.int64)
+    order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(seed))
+    tables = torch.zeros(len(needed), max(needed), dtype=torch.int64)
+    for row, blocks in zip(tables, order.split(needed), strict=True):
+        row[: len(blocks)] = blocks
+    return tables, sum(needed)
+
+
+def step(
+    lens: list[int],
+    context_lens: list[int],
+    where: torch.device,
+    *,
+    block_size: int = BLOCK_SIZE,
+    tables: Tensor | None = None,
+) -> tuple[Step, int]:
+    """-> the batch, and how many blocks the cache must have. tables: those of the sequences, if they have some."""
+    made, num_blocks = block_tables(context_lens, block_size=block_size)
+    tables = made if tables is None else tables
     positions, slots = [], []
-    first = 0
-    for index, (length, context, count) in enumerate(zip(lens, context_lens, needed, strict=True)):
-        tables[index, :count] = order[first : first + count]
-        first += count
+    for blocks, length, context in zip(tables, lens, context_lens, strict=True):
         places = torch.arange(context - length, context)
         positions.append(places)
-        slots.append(tables[index, places // block_size] * block_size + places % block_size)
+        slots.append(blocks[places // block_size] * block_size + places % block_size)
     ends = torch.tensor(lens).cumsum(0)
     queries = Queries(
         starts=(ends - torch.tensor(lens)).to(where),
@@ -88,7 +100,7 @@ def step(
         max_len=max(lens),
         max_context_len=max(context_lens),
     )
-    return Step(torch.cat(positions).to(where), torch.cat(slots).to(where), queries, (ends - 1).to(where)), sum(needed)
+    return Step(torch.cat(positions).to(where), torch.cat(slots).to(where), queries, (ends - 1).to(where)), num_blocks
 
 
 def cache(
@@ -101,6 +113,43 @@ def cache(
         return LayerCache(keys, values)
     scales = torch.ones(shape[:3], device=where)
     return LayerCache(keys, values, scales, scales.clone())
+
+
+def random_model(
+    gpu: Any, llama: LlamaConfig, where: torch.device, format: str, *, num_positions: int
+) -> llama_model.Llama:
+    """Weights of the family's spread."""
+    hidden, width, head_dim = llama.hidden_size, llama.intermediate_size, llama.head_dim
+    q_width, kv_width = llama.num_attention_heads * head_dim, llama.num_key_value_heads * head_dim
+    layer_shapes = {
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (q_width, hidden), "self_attn.k_proj": (kv_width, hidden),
+        "self_attn.v_proj": (kv_width, hidden), "self_attn.o_proj": (hidden, q_width),
+        "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (llama.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for index in range(llama.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{part}.weight": shape for part, shape in layer_shapes.items()}
+    if not llama.tie_word_embeddings:
+        shapes["lm_head.weight"] = (llama.vocab_size, hidden)
+
+    def make(shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, device=where, dtype=torch.bfloat16)
+        return torch.randn(shape, device=where, dtype=torch.bfloat16).mul_(0.02)
+
+    return llama_model.load(
+        llama,
+        gpu,
+        ((name, make(shape)) for name, shape in shapes.items()),
+        dtype=torch.bfloat16,
+        device=where,
+        num_positions=num_positions,
+        weight_format=format,  # type: ignore[arg-type]
+    )
 
 
 def rope_table(llama: LlamaConfig, length: int, where: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from gpu_device import Run, copies_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pronk.engine.model import llama as llama_model
+from pronk.engine.model.llama import Llama
 from pronk.kernels.interface import LayerCache
 
 MOST_BYTES = 24 << 30
@@ -213,7 +213,7 @@ def whole_steps(gpu: Any, device: Any, *, group: str = "step") -> Iterator[Row]:
         for format, cache_dtype in (("plain", torch.bfloat16), ("fp8", torch.float8_e4m3fn)):
             if format not in gpu.WEIGHT_FORMATS:
                 continue
-            model = random_model(gpu, llama, device, format)
+            model = gpu_inputs.random_model(gpu, llama, device.where, format, num_positions=64 if dry else 16384)
             context = 40 if dry else 1024
             for batch in (2,) if dry else (1, 8, 32, 64, 128, 256):
                 seconds, nbytes = _decode_step(gpu, device, model, llama, batch, context, cache_dtype)
@@ -227,48 +227,8 @@ def whole_steps(gpu: Any, device: Any, *, group: str = "step") -> Iterator[Row]:
             del model
 
 
-def random_model(gpu: Any, llama: Any, device: Any, format: str) -> llama_model.Llama:
-    """Weights of the family's spread."""
-    hidden, width, head_dim = llama.hidden_size, llama.intermediate_size, llama.head_dim
-    q_width, kv_width = llama.num_attention_heads * head_dim, llama.num_key_value_heads * head_dim
-    layer_shapes = {
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (q_width, hidden), "self_attn.k_proj": (kv_width, hidden),
-        "self_attn.v_proj": (kv_width, hidden), "self_attn.o_proj": (hidden, q_width),
-        "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width),
-    }  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (llama.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for index in range(llama.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{part}.weight": shape for part, shape in layer_shapes.items()}
-    if not llama.tie_word_embeddings:
-        shapes["lm_head.weight"] = (llama.vocab_size, hidden)
-
-    def make(shape: tuple[int, ...]) -> Tensor:
-        if len(shape) == 1:
-            return torch.ones(shape, device=device.where, dtype=torch.bfloat16)
-        return torch.randn(shape, device=device.where, dtype=torch.bfloat16).mul_(0.02)
-
-    return llama_model.load(
-        llama,
-        gpu,
-        ((name, make(shape)) for name, shape in shapes.items()),
-        dtype=torch.bfloat16,
-        device=device.where,
-        num_positions=16384 if not device.is_dry else 64,
-        weight_format=format,  # type: ignore[arg-type]
-    )
-
-
-def caches(llama: Any, num_blocks: int, device: Any, dtype: torch.dtype) -> list[LayerCache]:
-    """One for each layer."""
-    return [gpu_inputs.cache(llama, num_blocks, device.where, dtype=dtype) for _ in range(llama.num_hidden_layers)]
-
-
 def _decode_step(
-    gpu: Any, device: Any, model: llama_model.Llama, llama: Any, batch: int, context: int, cache_dtype: torch.dtype
+    gpu: Any, device: Any, model: Llama, llama: Any, batch: int, context: int, cache_dtype: torch.dtype
 ) -> tuple[float, float]:
     step, num_blocks = gpu_inputs.step([1] * batch, [context] * batch, device.where)
     layers = [
@@ -294,7 +254,7 @@ def _bytes_read(layer: LayerCache, tokens: int, llama: Any) -> float:
     return per_token * tokens
 
 
-def _prefill_step(device: Any, model: llama_model.Llama, llama: Any, length: int) -> tuple[float, float]:
+def _prefill_step(device: Any, model: Llama, llama: Any, length: int) -> tuple[float, float]:
     step, num_blocks = gpu_inputs.step([length], [length], device.where)
     layers = [
         gpu_inputs.cache(llama, num_blocks, device.where, dtype=torch.bfloat16) for _ in range(llama.num_hidden_layers)
