@@ -26,6 +26,8 @@ from pronk.engine.errors import (
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 RETRY_AFTER_SECONDS = 5
+MAX_MESSAGE, MAX_PARAM = 1000, 200
+"""In characters."""
 INTERNAL_MESSAGE = "The server met an error of its own; its log has the details."
 
 
@@ -175,8 +177,18 @@ def message_of(error: PronkError) -> str:
 
 def error_body(message: str, answer: Answer, param: str | None = None) -> bytes:
     """-> OpenAI's error object as JSON."""
-    error = {"message": message, "type": answer.type, "param": param, "code": answer.code}
+    error = {
+        "message": _cut(message, MAX_MESSAGE),
+        "type": answer.type,
+        "param": None if param is None else _cut(param, MAX_PARAM),
+        "code": answer.code,
+    }
     return msgspec.json.encode({"error": error})
+
+
+def _cut(text: str, longest: int) -> str:
+    """Names and values of the client's are told back to it, however long they are."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def body_of(error: PronkError) -> bytes:

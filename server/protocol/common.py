@@ -6,6 +6,8 @@ the field out, and a field that is not declared is an error.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -63,6 +65,9 @@ class StreamOptions(Body):
     )
 
 
+MAX_TYPES = 8
+"""Faults that are looked at to tell one: more types than any union here has."""
+
 # What a name that was once or is elsewhere a field's is called here.
 RENAMED = {
     "guided_json": "structured_outputs.json",
@@ -101,7 +106,7 @@ def validate(kind: type[Request], data: dict[str, Any]) -> Request:
     try:
         request = kind.model_validate(data)
     except ValidationError as error:
-        raise _told(error.errors(include_url=False)[0], data) from None
+        raise _told(_first(error.errors(include_url=False), data), data) from None
     request.check()
     return request
 
@@ -115,18 +120,41 @@ def read_json(body: bytes) -> Any:
     """RFC 8259 without extensions: no NaN, no lone surrogates, UTF-8 only. Raises APIError (400)."""
     try:
         return msgspec.json.decode(body)
-    except UnicodeDecodeError as error:
-        message = f"The request body is not UTF-8: byte {error.start} cannot be read."
+    except UnicodeDecodeError:
+        message = _not_utf8(body)
     except RecursionError:
         message = "The request body is nested too deeply."
     except msgspec.DecodeError as error:  # also its ValidationError: a number that fits in no type
-        message = f"The request body is not valid JSON: {str(error).removeprefix('JSON is malformed: ')}."
+        message = f"The request body is not valid JSON: {_fault(body, error)}."
     raise APIError(message, BAD_JSON)
+
+
+def _not_utf8(body: bytes) -> str:
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:  # msgspec's counts from the beginning of the string that it is in
+        return f"The request body is not UTF-8: byte {error.start} cannot be read."
+    return "The request body is not UTF-8."
+
+
+def _fault(body: bytes, error: msgspec.DecodeError) -> str:
+    if not body.strip():
+        return "it is empty"
+    half = _HALF_CHARACTER.search(body)
+    if half is not None:  # msgspec looks for its other half in what follows, and does not find that
+        return f"it holds one half of a surrogate pair (byte {half.start()}): a text was cut within a character"
+    return str(error).removeprefix("JSON is malformed: ")
 
 
 def refuse(name: str, sentence: str) -> APIError:
     """-> the 400 for a field whose meaning is known and not served. To be raised."""
     return APIError(sentence, UNSUPPORTED, name)
+
+
+# A surrogate's escape beside which there is not the other half's.
+_HALF_CHARACTER = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 
 
 def json_type(value: Any) -> str:
@@ -157,6 +185,14 @@ _WANTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
 }
+
+
+def _first(errors: Sequence[ErrorDetails], body: dict[str, Any]) -> ErrorDetails:
+    """Where a value is of no type of a union, the fault is in the type that it is nearest to: `stop[1]`, not `stop`."""
+    first = errors[0]
+    place = _path(first, body)
+    within = (error for error in errors[1:MAX_TYPES] if _path(error, body).startswith((f"{place}.", f"{place}[")))
+    return next(within, first) if first["type"] in _WANTED else first
 
 
 def _told(detail: ErrorDetails, body: dict[str, Any]) -> APIError:

@@ -38,7 +38,7 @@ def _kind_of_part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("image_url", "input_audio", "file"):
         return "other"
-    return "refusal" if kind == "refusal" else "text"
+    return "refusal_part" if kind == "refusal" else "text_part"  # as no field is called: it is told in an error's place
 
 
 def _kind_of_content(content: Any) -> str:
@@ -46,7 +46,9 @@ def _kind_of_content(content: Any) -> str:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")] | Annotated[OtherPart, Tag("other")],
+    Annotated[TextPart, Tag("text_part")]
+    | Annotated[RefusalPart, Tag("refusal_part")]
+    | Annotated[OtherPart, Tag("other")],
     Discriminator(_kind_of_part),
 ]
 # fail_fast: of a million faults in one list, one is told, and only one is looked for.
