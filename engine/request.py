@@ -15,6 +15,8 @@ from pronk.engine.errors import InvalidParameterError
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP = 16
+MAX_STOP_LENGTH = 4096
+"""In characters. As much of an answer may have to be held back."""
 MAX_ALLOWED = 1 << 17
 MAX_BAD_WORDS = 1024
 
@@ -104,6 +106,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidParameterError(f"stop may hold at most {MAX_STOP} texts", "stop")
         if any(not text for text in self.stop):
             raise InvalidParameterError("stop must not hold an empty text", "stop")
+        if any(len(text) > MAX_STOP_LENGTH for text in self.stop):
+            raise InvalidParameterError(f"a text in stop may have at most {MAX_STOP_LENGTH} characters", "stop")
         if self.max_tokens is not None and self.max_tokens < 0:
             raise InvalidParameterError("max_tokens must not be negative", "max_tokens")
         _in_range("min_tokens", self.min_tokens, 0, 2**31 - 1)

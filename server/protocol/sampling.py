@@ -14,7 +14,15 @@ from pydantic import BeforeValidator, Field
 
 from pronk.engine.errors import InvalidParameterError
 from pronk.engine.model.config import GenerationDefaults
-from pronk.engine.request import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP, Grammar, SamplingParams
+from pronk.engine.request import (
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP,
+    MAX_STOP_LENGTH,
+    Grammar,
+    SamplingParams,
+)
 from pronk.engine.tokenizer import Tokenizer
 from pronk.server.errors import INVALID_VALUE, APIError
 from pronk.server.protocol.common import Body, Share, StreamOptions, Temperature, refuse, told
@@ -55,8 +63,9 @@ Bias = Annotated[
 ]
 Penalty = Annotated[float, told("number", minimum=-2, maximum=2)]
 Seed = Annotated[int, told("integer", format="int64")]
-StopText = Annotated[str, told("string", minLength=1)]
-StopTexts = Annotated[Strings, told("array", items={"type": "string", "minLength": 1}, maxItems=MAX_STOP)]
+_STOP_RULES = {"minLength": 1, "maxLength": MAX_STOP_LENGTH}
+StopText = Annotated[str, told("string", **_STOP_RULES)]
+StopTexts = Annotated[Strings, told("array", items={"type": "string", **_STOP_RULES}, maxItems=MAX_STOP)]
 SomeTokenIds = Annotated[TokenIds, told("array", items={"type": "integer", "minimum": 0}, minItems=1)]
 
 

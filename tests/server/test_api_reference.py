@@ -118,7 +118,10 @@ def test_only_what_can_be_streamed_is_described_as_a_stream() -> None:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
 async def test_the_description_of_a_stream_is_that_of_its_events(connect: Connect, path: str) -> None:
     described = DOCUMENT["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]
-    prompt = {"/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]}, "/v1/responses": {"input": "a"}}
+    prompt: dict[str, Any] = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+        "/v1/responses": {"input": "a"},
+    }
     body = {"model": "tiny", "stream": True, **prompt.get(path, {})}
     reply = await connect().call("POST", path, json.dumps(body).encode())
     blocks = reply.body.decode().removesuffix("\n\n").split("\n\n")

@@ -59,7 +59,9 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": ""}, "stop", "invalid_value"),
     ({"stop": ["a"] * 17}, "stop", "invalid_value"),
     ({"stop": 1}, "stop", "invalid_type"),
-    ({"stop": ["a", 1]}, "stop", "invalid_type"),
+    ({"stop": ["a", 1]}, "stop[1]", "invalid_type"),
+    ({"stop": {}}, "stop", "invalid_type"),
+    ({"stop": "a" * 4097}, "stop", "invalid_value"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_value"),
     ({"stop_token_ids": [512]}, "stop_token_ids", "invalid_value"),
     ({"stop_token_ids": [1, "a"]}, "stop_token_ids[1]", "invalid_type"),
@@ -165,6 +167,12 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]", "invalid_type"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text",
      "missing_required_parameter"),
+    ({"messages": [{"role": "user", "content": [{"type": ["text"], "text": "a"}]}]}, "messages[0].content[0].type",
+     "invalid_value"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "size": 1}]}]},
+     "messages[0].content[0].size", "unknown_parameter"),
+    ({"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "a", "size": 1}]}]},
+     "messages[0].content[0].size", "unknown_parameter"),
     ({"messages": [USER, {"role": "user", "content": [{"type": "text", "text": "a"}, PNG]}]},
      "messages[1].content[1]", "unsupported_parameter"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages[0].content[0].type", "invalid_value"),
@@ -268,6 +276,32 @@ async def test_bad_json_is_a_400_and_the_server_goes_on(connect: Connect, body: 
     reply = await client.call("POST", "/v1/chat/completions", body)
     assert (reply.status, reply.error["code"]) == (400, "invalid_json")
     assert (await client.chat()).status == 200
+
+
+TOLD = {
+    b"": "it is empty",
+    b" \n": "it is empty",
+    b'{"model": "tiny"': "truncated",
+    b'{"model": "ab\xff"}': "byte 13 cannot be read",
+    b'{"model": "\\ud83d"}': "surrogate pair (byte 11)",
+    b'{"model": "\\ud83d\\u0041"}': "surrogate pair (byte 11)",
+    b'{"model": "a\\ude00"}': "surrogate pair (byte 12)",
+    b'{"model": "\\ud83d\\ude00"': "truncated",
+}
+
+
+@pytest.mark.parametrize(("body", "sentence"), TOLD.items())
+async def test_what_is_wrong_with_the_json_is_told(connect: Connect, body: bytes, sentence: str) -> None:
+    reply = await connect().call("POST", "/v1/chat/completions", body)
+    assert sentence in reply.error["message"]
+
+
+async def test_an_error_is_short_whatever_it_tells_back(connect: Connect) -> None:
+    long = "x" * 100_000
+    for fields in ({long: 1}, {"model": long}, {"messages": [{**USER, long: 1}]}):
+        reply = await connect().chat(**fields)
+        assert reply.status in (400, 404)
+        assert len(reply.body) < 1500
 
 
 async def test_any_content_type_is_read_as_json(connect: Connect) -> None:
