@@ -50,6 +50,16 @@ LABEL org.opencontainers.image.title="Pronk" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0"
 
+# On a GPU Triton compiles what it launches kernels with, a few lines of C, when the server starts: with a compiler, and
+# Python's headers, which the default base has.
+ARG DEVICE=cpu
+RUN if [ "${DEVICE}" = cuda ]; then \
+        headers=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))') && \
+        apt-get update && \
+        apt-get install -y --no-install-recommends gcc libc6-dev $(test -e "$headers/Python.h" || echo python3-dev) && \
+        rm -rf /var/lib/apt/lists/*; \
+    fi
+
 # A name for the uid: some libraries ask for one. Its home is all that the server writes to.
 RUN echo 'pronk:x:10001:10001:Pronk:/var/lib/pronk:/usr/sbin/nologin' >> /etc/passwd && \
     echo 'pronk:x:10001:' >> /etc/group && \
@@ -59,6 +69,7 @@ COPY --from=build /opt/pronk /opt/pronk
 ENV PATH=/opt/pronk/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/var/lib/pronk/huggingface \
+    TRITON_CACHE_DIR=/var/lib/pronk/triton \
     PRONK_HOST=0.0.0.0 \
     PRONK_PORT=8000
 

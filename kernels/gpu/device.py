@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import torch
 import triton
 
@@ -24,6 +26,18 @@ def check_device() -> None:
             f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}, and the GPU kernels need "
             f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (Ampere) or newer: choose --device cpu"
         )
+    try:
+        start_driver()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        raise ValueError(
+            f"Triton cannot reach the GPU ({error}): for that it compiles a few lines of C, with a C compiler and "
+            "Python's headers (on Debian and Ubuntu: apt install gcc libc6-dev python3-dev), or choose --device cpu"
+        ) from error
+
+
+def start_driver() -> None:
+    """Have Triton compile and load what it launches kernels with: else the first request would find it missing."""
+    triton.runtime.driver.active.get_current_device()
 
 
 def check_dtype(dtype: torch.dtype) -> None:

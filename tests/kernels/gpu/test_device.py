@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pronk.kernels import for_device, gpu, interpreter
+from pronk.kernels.gpu import device as devices
 from pronk.kernels.gpu import vendor
 
 
@@ -39,10 +40,24 @@ def test_a_device_that_will_not_do(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    monkeypatch.setattr(devices, "start_driver", lambda: None)
     if not message:
         gpu.check_device()
         return
     with pytest.raises(ValueError, match=f"{message}.*--device cpu"):
+        gpu.check_device()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find C compiler"), subprocess.CalledProcessError(1, "gcc")])
+def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(interpreter, "installed", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(devices, "start_driver", fail)
+    with pytest.raises(ValueError, match=r"apt install gcc .* or choose --device cpu"):
         gpu.check_device()
 
 
