@@ -5,6 +5,7 @@ itself has for the same. Knows kernels and shapes; nothing of ceilings or tables
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -217,8 +218,15 @@ def whole_steps(gpu: Any, device: Any, *, group: str = "step") -> Iterator[Row]:
             context = 40 if dry else 1024
             for batch in (2,) if dry else (1, 8, 32, 64, 128, 256):
                 seconds, nbytes = _decode_step(gpu, device, model, llama, batch, context, cache_dtype)
+                compared = format == "plain" and name == "1B" and batch in (1, 2)
+                theirs = _transformers_step(device, llama, batch, context) if compared else None
                 yield Row(
-                    group, f"{name} {format} weights, batch {batch}, context {context}", seconds, nbytes, tokens=batch
+                    group,
+                    f"{name} {format} weights, batch {batch}, context {context}",
+                    seconds,
+                    nbytes,
+                    tokens=batch,
+                    torch_seconds=theirs,
                 )
             for length in (20,) if dry else (512, 2048, 8192):
                 if format == "plain":
@@ -247,6 +255,40 @@ def _decode_step(
     cached = sum(_bytes_read(layer, batch * context, llama) for layer in layers)
     embedding = model.embedding.nbytes if model.head.data.data_ptr() != model.embedding.data_ptr() else 0
     return seconds, model.nbytes - embedding - model.cos_sin.nbytes + cached
+
+
+def _transformers_step(device: Any, llama: Any, batch: int, context: int) -> float | None:
+    """The same step by transformers, with a static cache and compiled, where it is installed and runs."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    config = transformers.LlamaConfig(
+        hidden_size=llama.hidden_size,
+        intermediate_size=llama.intermediate_size,
+        num_hidden_layers=llama.num_hidden_layers,
+        num_attention_heads=llama.num_attention_heads,
+        num_key_value_heads=llama.num_key_value_heads,
+        head_dim=llama.head_dim,
+        vocab_size=llama.vocab_size,
+        tie_word_embeddings=llama.tie_word_embeddings,
+        max_position_embeddings=llama.max_position_embeddings,
+    )
+    model = transformers.LlamaForCausalLM(config).to(device.where, torch.bfloat16).eval()
+    cache = transformers.StaticCache(config=config, max_cache_len=context + 1)
+    known = inspect.signature(model.forward).parameters
+    argument = "past_key_values" if "past_key_values" in known else "cache"
+    forward = model.forward if device.is_dry else torch.compile(model.forward, fullgraph=True)
+    tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device.where)
+    place = torch.full((batch, 1), context - 1, device=device.where)
+    position = {"cache_position": place[0]} if "cache_position" in known else {}
+
+    def run() -> None:
+        logits = forward(tokens, position_ids=place, use_cache=True, **{argument: cache}, **position).logits
+        tokens.copy_(logits[:, -1:].argmax(-1))
+
+    with torch.inference_mode():
+        return best_of_torch(device, [run])
 
 
 def _bytes_read(layer: LayerCache, tokens: int, llama: Any) -> float:
