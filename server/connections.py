@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from pronk.server.heads import Heads
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Watch:
 def watched(seconds: float, dropped: Callable[[], None]) -> type[asyncio.Protocol]:
     """-> the class of uvicorn's connections, each with a Watch. dropped: told of every client that is."""
 
-    class Connection(HttpToolsProtocol):
+    class Connection(Heads):
         watch: Watch | None = None
 
         def connection_made(self, transport: Any) -> None:

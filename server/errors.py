@@ -96,6 +96,9 @@ BODY_TIMEOUT = Answer(408, INVALID_REQUEST, "body_timeout", "The body did not ar
 BODY_TOO_LARGE = Answer(
     413, INVALID_REQUEST, "body_too_large", "The body is longer than 8 MiB.", reason="body_too_large"
 )
+NOT_HTTP = Answer(400, INVALID_REQUEST, "invalid_http", "What was sent is not HTTP/1.1.")
+HEAD_TIMEOUT = Answer(408, INVALID_REQUEST, "head_timeout", "The request line and headers did not arrive in a minute.")
+HEAD_TOO_LONG = Answer(431, INVALID_REQUEST, "head_too_long", "Request line and headers are longer than 64 KiB.")
 OTHER_REFUSAL = Answer(400, INVALID_REQUEST, None, "What the HTTP framework refuses by itself.")
 INTERNAL = Answer(
     500, SERVER_ERROR, "internal_error", "A fault of the server's own; its log has the details.", reason=""
