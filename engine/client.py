@@ -13,7 +13,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 
@@ -58,8 +58,7 @@ def check_request(request: Request, info: wire.EngineInfo) -> None:
             f"a prompt of {length}. Please shorten the prompt, or ask for at most {limit - length} tokens.",
             "max_tokens",
         )
-    if not all(0 <= token < info.vocab_size for token in request.prompt):
-        raise InvalidParameterError(f"the prompt holds token ids outside 0..{info.vocab_size - 1}", "prompt")
+    check_prompt(request.prompt, info)
     params = request.params
     for name, ids in (
         ("logit_bias", params.logit_bias),
@@ -69,6 +68,12 @@ def check_request(request: Request, info: wire.EngineInfo) -> None:
     ):
         if not all(0 <= token < info.vocab_size for token in ids):
             raise InvalidParameterError(f"{name} names token ids outside 0..{info.vocab_size - 1}", name)
+
+
+def check_prompt(prompt: Sequence[int], info: wire.EngineInfo) -> None:
+    """Raises InvalidParameterError for token ids that the model does not have."""
+    if not all(0 <= token < info.vocab_size for token in prompt):
+        raise InvalidParameterError(f"the prompt holds token ids outside 0..{info.vocab_size - 1}", "prompt")
 
 
 class AsyncEngine:
@@ -90,6 +95,8 @@ class AsyncEngine:
         self._writer = writer
         self._frames = frames
         self._inboxes: dict[str, Inbox] = {}
+        self._queries = itertools.count()
+        self._answers: dict[int, asyncio.Future[int]] = {}
         self._listeners: list[Callable[[wire.Step], None]] = []
         self._draining = False
         self._closing = False
@@ -181,6 +188,23 @@ class AsyncEngine:
         if self.error is None:
             self._send(wire.Abort([request_id]))
 
+    async def num_cached(self, prompt: Sequence[int], cache_salt: str = "") -> int:
+        """-> how many of a prompt's tokens a request with this salt would find in the prefix cache, as it is now.
+
+        Raises InvalidParameterError and EngineDeadError.
+        """
+        if self.error is not None:
+            raise self.error
+        check_prompt(prompt, self.info)
+        query = next(self._queries)
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._answers[query] = answer
+        try:
+            self._send(wire.CountCached(query, list(prompt), cache_salt))
+            return await answer
+        finally:
+            del self._answers[query]
+
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109  it says whether it was reached, and raises nothing
         """Take nothing new, and wait up to `timeout` seconds for what runs. -> whether all of it ended."""
         self._draining = True
@@ -219,6 +243,8 @@ class AsyncEngine:
                 for message in self._frames.feed(data):
                     if isinstance(message, wire.Step):
                         self._deliver(message)
+                    elif isinstance(message, wire.CachedCount):
+                        self._answer(message)
                     elif isinstance(message, wire.Failed):
                         reason = _failure(message)
         except msgspec.MsgspecError as error:
@@ -236,11 +262,19 @@ class AsyncEngine:
         for listener in self._listeners:
             listener(step)
 
+    def _answer(self, count: wire.CachedCount) -> None:
+        answer = self._answers.get(count.query)
+        if answer is not None and not answer.done():  # else nobody waits for it any more
+            answer.set_result(count.num_tokens)
+
     def _die(self, reason: str) -> None:
         text = "the engine was shut down" if self._closing else f"the engine's process died ({reason})"
         self.error = EngineDeadError(text)
         for request_id, inbox in self._inboxes.items():
             inbox.put(Output(request_id=request_id, finish_reason="error", error=text))
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(self.error)
 
 
 def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:

@@ -121,6 +121,10 @@ class EngineCore:
                 self._scheduler.remove(sequence)
                 self._ended.append(self._output(sequence))
 
+    def num_cached(self, prompt: list[int], cache_salt: str) -> int:
+        """How many tokens of a prompt are in the prefix cache now, for a request with this salt. Changes nothing."""
+        return self._cache.num_cached(prompt, cache_salt)
+
     def step(self) -> list[Output]:
         """Run one step. -> what was added to each request, and how requests ended, since the last."""
         self._add_compiled()

@@ -116,6 +116,9 @@ def serve(link: Link, config: EngineConfig) -> None:
                 core.add(message.request)
             elif isinstance(message, wire.Abort):
                 core.abort(message.request_ids)
+            elif isinstance(message, wire.CountCached):
+                num_cached = core.num_cached(message.prompt, message.cache_salt)
+                link.send(wire.CachedCount(message.query, num_cached))
             elif isinstance(message, wire.Shutdown):
                 return
         if core.has_work:

@@ -32,6 +32,15 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     request_ids: list[str]
 
 
+class CountCached(msgspec.Struct, frozen=True, tag="count_cached"):
+    """How many tokens of this prompt would a request find in the prefix cache? Answered by a CachedCount."""
+
+    query: int
+    """Comes back with the answer."""
+    prompt: list[int]
+    cache_salt: str = ""
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Stop now: the client has drained what it wanted drained."""
 
@@ -100,6 +109,13 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     stats: EngineStats
 
 
+class CachedCount(msgspec.Struct, frozen=True, tag="cached_count"):
+    """The answer to a CountCached, as the cache is between two steps."""
+
+    query: int
+    num_tokens: int
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine cannot start, or cannot go on. Its process ends after this.
 
@@ -111,8 +127,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     traceback: str = ""
 
 
-ToEngine = Start | Add | Abort | Shutdown
-FromEngine = Progress | EngineInfo | Step | Failed
+ToEngine = Start | Add | Abort | CountCached | Shutdown
+FromEngine = Progress | EngineInfo | Step | CachedCount | Failed
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:

@@ -40,6 +40,21 @@ class CacheManager:
             found.append(block)
         return found
 
+    def num_cached(self, prompt: list[int], salt: str) -> int:
+        """How many tokens of a prompt `match` would find now. A look only: nothing is taken, and what is reused next
+        stays what it was."""
+        found = 0
+        parent = root_key(salt)
+        # As for a sequence, one token is always left to compute.
+        while self._enabled and found + self.block_size < len(prompt):
+            tokens = prompt[found : found + self.block_size]
+            key = chain_key(parent, tokens)
+            if self.prefix.find(parent, key, tokens) is None:
+                break
+            found += self.block_size
+            parent = key
+        return found
+
     def missing(self, sequence: Sequence, matched: list[int], num_tokens: int) -> int:
         """Free blocks that it takes to hold num_tokens of the sequence, after `matched` blocks were shared."""
         fresh = self.blocks_for(num_tokens) - max(len(matched), len(sequence.block_table))

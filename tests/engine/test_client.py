@@ -126,6 +126,44 @@ async def test_salts_do_not_share_blocks(engine: AsyncEngine) -> None:
         assert outputs[-1].num_cached_tokens == 0
 
 
+async def test_how_much_of_a_prompt_is_cached_can_be_asked_and_is_what_it_then_finds(engine: AsyncEngine) -> None:
+    prompt = list(range(100))
+    assert await engine.num_cached(prompt) == 0
+    await tokens_of(engine, "first", prompt)
+    for asked in (prompt[:96], prompt[:97], [*prompt[:40], 0, 0], prompt[1:]):
+        told = await engine.num_cached(asked)
+        outputs = [o async for o in engine.generate(Request(request_id="next", prompt=asked, params=GREEDY))]
+        assert told == outputs[-1].num_cached_tokens
+    assert await engine.num_cached(prompt) == 96
+    assert await engine.num_cached(prompt, "another salt") == 0
+    assert await engine.num_cached([]) == 0
+
+
+async def test_questions_are_answered_while_others_run_each_by_its_own_answer(engine: AsyncEngine) -> None:
+    prompt = list(range(100))
+    running = asyncio.create_task(tokens_of(engine, "running", prompt, ENDLESS))
+    await until(engine, lambda stats: stats.generated_tokens > 0)
+    counts = await asyncio.gather(*(engine.num_cached(prompt[:length]) for length in range(1, 101)))
+    assert counts == [(length - 1) // 16 * 16 for length in range(1, 101)]
+    running.cancel()
+
+
+async def test_questions_that_cannot_be_answered_are_errors(engine: AsyncEngine) -> None:
+    for wrong in ([-1], [512]):
+        with pytest.raises(InvalidParameterError):
+            await engine.num_cached(wrong)
+    os.kill(engine._process.pid, signal.SIGSTOP)
+    waiting = asyncio.create_task(engine.num_cached([1]))
+    left = asyncio.create_task(engine.num_cached([1]))
+    await asyncio.sleep(0)
+    left.cancel()
+    os.kill(engine._process.pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(waiting, DEADLINE)
+    with pytest.raises(EngineDeadError):
+        await engine.num_cached([1])
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "error", "param"),
     [

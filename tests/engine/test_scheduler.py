@@ -185,6 +185,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.flying:
             assert all(sequence.num_remaining > 0 and not sequence.pending for sequence in running)
 
+    @invariant()
+    def to_ask_is_to_find(self) -> None:
+        for sequence in self.scheduler.waiting:
+            if sequence.params.prompt_logprobs is None:
+                found = len(self.cache.match(sequence)) * self.cache.block_size
+                assert self.cache.num_cached(sequence.tokens, sequence.request.cache_salt) == found
+
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
@@ -391,6 +398,20 @@ def test_the_least_recently_kept_block_is_reused_first() -> None:
     pool.release([second], keep=lambda block: True)
     assert pool.allocate(3) == [first, third, second]
     assert reused == [first, third, second]
+
+
+def test_to_ask_what_is_cached_takes_nothing_and_changes_no_order() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4)
+    for name, token in (("older", 1), ("newer", 2)):
+        scheduler.add(make_sequence(name, [token] * 7, 1))
+        run_step(scheduler)
+    cache = scheduler.cache
+    assert (cache.pool.num_used, cache.pool.num_kept) == (0, 2)
+    assert cache.num_cached([1] * 7, "") == 4
+    assert (cache.pool.num_used, cache.pool.num_kept) == (0, 2)
+    scheduler.add(make_sequence("other", [3] * 12, 1))  # takes two empty blocks, and the one that is reused first
+    run_step(scheduler)
+    assert (cache.num_cached([1] * 7, ""), cache.num_cached([2] * 7, "")) == (0, 4)
 
 
 def test_a_digest_that_two_prefixes_share_is_no_hit() -> None:

@@ -96,12 +96,14 @@ TO_ENGINE = {
     wire.Start: st.builds(wire.Start, config=configs),
     wire.Add: st.builds(wire.Add, request=requests),
     wire.Abort: st.builds(wire.Abort, request_ids=st.lists(text, max_size=4)),
+    wire.CountCached: st.builds(wire.CountCached, query=count, prompt=st.lists(token, max_size=4), cache_salt=text),
     wire.Shutdown: st.just(wire.Shutdown()),
 }
 FROM_ENGINE = {
     wire.Progress: st.builds(wire.Progress, phase=text, done=count, total=count, unit=text),
     wire.EngineInfo: infos,
     wire.Step: st.builds(wire.Step, outputs=st.lists(outputs, max_size=3), stats=stats),
+    wire.CachedCount: st.builds(wire.CachedCount, query=count, num_tokens=count),
     wire.Failed: st.builds(wire.Failed, kind=text, message=text, traceback=text),
 }
 EACH = [
@@ -204,7 +206,10 @@ def test_what_is_no_msgpack_is_refused() -> None:
 def test_tags_are_pinned() -> None:
     """Both ends are one version, but a dump of the socket should stay readable."""
     tags = {kind.__struct_config__.tag for kind in (*TO_ENGINE, *FROM_ENGINE)}
-    assert tags == {"start", "add", "abort", "shutdown", "progress", "ready", "step", "failed"}
+    assert tags == {
+        *("start", "add", "abort", "count_cached", "shutdown"),
+        *("progress", "ready", "step", "cached_count", "failed"),
+    }
 
 
 def test_numbers_that_are_not_finite_arrive() -> None:
