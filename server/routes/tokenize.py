@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
+from pronk.engine.client import check_prompt
+from pronk.engine.request import SamplingParams
 from pronk.server.answering import read_request
 from pronk.server.errors import INVALID_VALUE, APIError
 from pronk.server.protocol.chat import ChatCompletionRequest
@@ -15,7 +18,9 @@ from pronk.server.protocol.common import parse, read_object, schema_of, validate
 from pronk.server.protocol.completions import CompletionRequest
 from pronk.server.protocol.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from pronk.server.record import RequestRecord
+from pronk.server.routes.chat import Read as ChatRead
 from pronk.server.routes.chat import read_chat
+from pronk.server.routes.completions import Read as CompletionRead
 from pronk.server.routes.completions import read_completion
 from pronk.server.routes.models import unknown_model
 from pronk.server.service import ServedModel, Service
@@ -113,12 +118,19 @@ async def tokenizer_info(request: HTTPRequest) -> Response:
     openapi_extra=_body(schema_of(ChatCompletionRequest)),
 )
 async def render_chat(request: HTTPRequest) -> Response:
-    """What the model would read for this very request; nothing is generated."""
+    """What the model would read for this very request, and how much of it is cached now; nothing is generated."""
     service: Service = request.app.state.service
     record: RequestRecord = request.state.record
     model = service.require()
-    read = await read_request(request, lambda body: read_chat(body, service, model, record))
-    return _json(_rendered(model, read.prompt))
+
+    def read(body: bytes) -> tuple[ChatRead, dict[str, Any]]:
+        understood = read_chat(body, service, model, record)
+        return understood, _rendered(model, understood.prompt)
+
+    understood, told = await read_request(request, read)
+    salt = understood.asked.salt(request.state.cache_salt)
+    cached = await _num_cached(model, understood.prompt, understood.params, salt)
+    return _json({**told, "num_cached_tokens": cached})
 
 
 @router.post(
@@ -128,21 +140,38 @@ async def render_chat(request: HTTPRequest) -> Response:
     openapi_extra=_body(schema_of(CompletionRequest)),
 )
 async def render_completion(request: HTTPRequest) -> Response:
-    """What the model would read for this very request: one entry a prompt; nothing is generated."""
+    """What the model would read for this very request, and how much of it is cached now: one entry a prompt; nothing
+    is generated."""
     service: Service = request.app.state.service
     record: RequestRecord = request.state.record
     model = service.require()
-    read = await read_request(request, lambda body: read_completion(body, service, model, record))
-    return _json([_rendered(model, prompt) for prompt in read.prompts])
+
+    def read(body: bytes) -> tuple[CompletionRead, list[dict[str, Any]]]:
+        understood = read_completion(body, service, model, record)
+        return understood, [_rendered(model, prompt) for prompt in understood.prompts]
+
+    understood, told = await read_request(request, read)
+    salt = understood.asked.salt(request.state.cache_salt)
+    asking = (_num_cached(model, prompt, understood.params, salt) for prompt in understood.prompts)
+    cached = await asyncio.gather(*asking)
+    return _json([{**one, "num_cached_tokens": number} for one, number in zip(told, cached, strict=True)])
 
 
-def _rendered(model: ServedModel, tokens: list[int]) -> dict[str, Any]:
+def _rendered(model: ServedModel, prompt: list[int]) -> dict[str, Any]:
+    """Raises InvalidParameterError for token ids that the model does not have."""
+    check_prompt(prompt, model.engine.info)
     return {
-        "count": len(tokens),
+        "count": len(prompt),
         "max_model_len": model.engine.info.max_model_len,
-        "token_ids": tokens,
-        "text": model.tokenizer.decode(tokens, skip_special_tokens=False),
+        "token_ids": prompt,
+        "text": model.tokenizer.decode(prompt, skip_special_tokens=False),
     }
+
+
+async def _num_cached(model: ServedModel, prompt: list[int], params: SamplingParams, salt: str) -> int:
+    """salt: under which the prompt is cached. Raises EngineDeadError."""
+    # A prompt that is to be scored is computed whole.
+    return 0 if params.prompt_logprobs is not None else await model.engine.num_cached(prompt, salt)
 
 
 def _require_served(name: str | None, service: Service) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from pronk.engine.client import check_request
+from pronk.engine.client import check_prompt, check_request
 from pronk.engine.errors import EngineDeadError, EngineDrainingError, InvalidParameterError
 from pronk.engine.model.config import GenerationDefaults
 from pronk.engine.request import Grammar, Output, Request, TokenLogprobs
@@ -148,6 +148,15 @@ class FakeEngine:
             if not ended:
                 self.aborted.append(request.request_id)
 
+    async def num_cached(self, prompt: Sequence[int], cache_salt: str) -> int:
+        """The whole blocks that the prompt has in common with an earlier one of the same salt."""
+        if self.error is not None:
+            raise self.error
+        check_prompt(prompt, self.info)
+        earlier = (request.prompt for request in self.requests if request.cache_salt == cache_salt)
+        common = max((_common(prompt[:-1], other) for other in earlier), default=0)
+        return common - common % self.info.block_size
+
     def die(self) -> None:
         """The process is gone."""
         self.error = EngineDeadError("the engine's process died (killed by signal 9)")
@@ -193,6 +202,11 @@ class FakeEngine:
         self._changed.set()
         for listener in self._listeners:
             listener(Step([output], self.stats))
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """-> how many tokens both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _named(output: Output, request_id: str) -> Output:

@@ -60,6 +60,33 @@ async def test_a_chat_is_the_prompt_that_the_engine_gets(connect: Connect, field
     assert len(client.engine.requests) == 1
 
 
+async def test_a_prompt_tells_how_much_of_it_is_cached(connect: Connect) -> None:
+    client = connect(api_keys=("mine", "other"))
+    chat = {"model": "tiny", "messages": [USER]}
+
+    async def ask(path: str, key: str = "mine", **body: Any) -> Any:
+        headers = {"Authorization": f"Bearer {key}"}
+        return (await client.call("POST", path, json.dumps(body).encode(), headers=headers)).json
+
+    async def cached(key: str = "mine", **fields: Any) -> int:
+        told: int = (await ask("/v1/chat/completions/render", key, **chat, **fields))["num_cached_tokens"]
+        return told
+
+    assert await cached() == 0
+    await ask("/v1/chat/completions", **chat)
+    prompt = client.engine.requests[0].prompt
+    assert await cached() == (len(prompt) - 1) // 16 * 16 > 0
+    assert await cached("other") == 0
+    assert await cached(cache_salt="one of my own") == 0
+    assert await cached(prompt_logprobs=1) == 0, "a prompt that is to be scored is computed whole"
+    prompts = [prompt[:20], prompt[1:], [*prompt, 1, 2, 3]]
+    told = await ask("/v1/completions/render", model="tiny", prompt=prompts)
+    assert [one["num_cached_tokens"] for one in told] == [16, 0, len(prompt) // 16 * 16]
+    assert len(client.engine.requests) == 1
+    client.engine.die()
+    assert (await ask("/v1/chat/completions/render", **chat))["error"]["code"] == "engine_down"
+
+
 async def test_one_more_begin_of_text(connect: Connect) -> None:
     client = connect()
     usual = (await post(client, "/tokenize", messages=[USER])).json["tokens"]
@@ -112,6 +139,8 @@ FAULTS: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("/detokenize", {"tokens": [10**30]}, 400, "tokens"),
     ("/v1/chat/completions/render", {"messages": [USER]}, 400, "model"),
     ("/v1/completions/render", {"model": "tiny", "prompt": []}, 400, "prompt"),
+    ("/v1/completions/render", {"model": "tiny", "prompt": [512]}, 400, "prompt"),
+    ("/v1/completions/render", {"model": "tiny", "prompt": [[1], [-1]]}, 400, "prompt"),
 ]  # fmt: skip
 
 
