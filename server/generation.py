@@ -8,6 +8,7 @@ bytes of the vocabulary, and tools as ToolCalls; knows no HTTP, no route and no 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -299,6 +300,7 @@ class Generation:
 
     Completions are counted from 0: those of the first prompt, then those of the second. The first completion of each
     prompt runs first; the others begin when it has its first token, so that they find the prompt in the prefix cache.
+    No more are handed to the engine than it runs at a time, or the requests of others would wait behind thousands.
     """
 
     def __init__(
@@ -339,9 +341,12 @@ class Generation:
                 )
                 self._completions.append(_Completion(index, request, leader))
         self._prompt_computed = [asyncio.Event() for _ in self._completions]
+        self._places = asyncio.Semaphore(model.engine.info.max_num_seqs)
         self._num_running = len(self._completions)
         self._cut_off = False
         self._timings: dict[int, Timing] = {}
+        self._held_back: dict[int, float] = {}
+        """Seconds that a completion waited for others of the same request before the engine had it."""
 
     @property
     def num_completions(self) -> int:
@@ -420,8 +425,9 @@ class Generation:
         timings = self._timings
         own = timings[last.index]
         before = None if last.leads else timings.get(last.leader)
+        held_back = sum(self._held_back.get(index, 0.0) for index in {last.index, last.leader})
         return Timing(
-            own.queue + (before.queue if before else 0),
+            own.queue + held_back + (before.queue if before else 0),
             own.prefill + (before.prefill if before else 0),
             own.decode,
             sum(timing.steps for timing in timings.values()),
@@ -444,8 +450,11 @@ class Generation:
     async def _feed(self, completion: _Completion, pending: Pending) -> None:
         if not completion.leads:
             await self._prompt_computed[completion.leader].wait()
+        ready, must_wait = time.perf_counter(), self._places.locked()
         try:
-            async with aclosing(self._run(completion)) as parts:
+            async with self._places, aclosing(self._run(completion)) as parts:
+                if must_wait:
+                    self._held_back[completion.index] = time.perf_counter() - ready
                 async for delta in parts:
                     pending.put(delta)
         except Exception as error:  # noqa: BLE001  handed over whole to whoever reads

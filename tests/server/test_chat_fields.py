@@ -394,3 +394,9 @@ async def test_timings_of_several_choices(connect: Connect) -> None:
     # The second waited in the first one's queue and for its prefill.
     assert (timings["queue"], timings["prefill"], timings["decode"]) == (1.0, 0.5, 2.0)
     assert (timings["steps"], timings["preemptions"], timings["tokens_computed"]) == (14, 2, 198)
+
+
+async def test_choices_that_wait_for_others_of_the_same_request_are_queued_meanwhile(connect: Connect) -> None:
+    timings = (await connect(FakeEngine(timed, max_num_seqs=1)).chat(timings=True, n=4)).json["timings"]
+    assert 1.0 < timings["queue"] < 1.0 + timings["total"]
+    assert (timings["prefill"], timings["decode"]) == (0.5, 2.0)

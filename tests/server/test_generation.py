@@ -54,6 +54,32 @@ async def test_the_others_begin_when_the_first_has_computed_the_prompt() -> None
     assert {(request.cache_salt, request.priority) for request in engine.requests} == {("s", 7)}
 
 
+@pytest.mark.parametrize(("prompts", "n"), [(1, 30), (30, 1), (6, 5)])
+async def test_no_more_are_handed_over_than_the_engine_runs_at_a_time(prompts: int, n: int) -> None:
+    engine = FakeEngine(max_num_seqs=4)
+    most = 0
+
+    def script(request: Request) -> list[Output]:
+        nonlocal most
+        most = max(most, engine.num_requests)
+        return outputs([*request.prompt, END_OF_TURN])
+
+    engine.script = script
+    answers = await several(engine, [bytes([97 + place]) for place in range(prompts)], n).collect()
+    assert [answer.text for answer in answers] == [chr(97 + place) for place in range(prompts) for _ in range(n)]
+    assert most == 4
+
+
+async def test_who_leaves_leaves_nothing_waiting_for_its_turn() -> None:
+    engine = FakeEngine(by_seed, max_num_seqs=1)
+    engine.hold_after = 1
+    parts = several(engine, [b"a", b"b"], 2).deltas()
+    await anext(parts)
+    await parts.aclose()
+    assert len(engine.requests) == len(engine.aborted) == 1
+    assert not engine.running
+
+
 async def test_none_of_the_others_begins_before() -> None:
     engine = FakeEngine(by_seed)
     engine.gate.clear()
