@@ -33,7 +33,7 @@ def describe_prompt_logprobs(
     for the most likely; None where it is not among those that were asked for."""
     told: list[dict[str, Any] | None] = [None]
     for token, scored in zip(prompt[1:], logprobs, strict=True):
-        ranks = {top: place for place, top in enumerate(scored.top_ids, start=1)}
+        ranks = {one: place for place, one in enumerate(scored.top_ids, start=1)}
         tops = dict(list(zip(scored.top_ids, scored.top_logprobs, strict=True))[:top])
         told.append(
             {
