@@ -15,12 +15,12 @@ from pronk.engine.request import TokenLogprobs
 from pronk.engine.tokenizer import Vocabulary
 from pronk.server.generation import Answer, Delta, Scored
 from pronk.server.record import RequestRecord
-from pronk.server.shapes import Head, describe_prompt_logprobs, finite, timings_of, usage_object, usage_of
-from pronk.server.streaming import DONE, to_json
+from pronk.server.shapes import Extras, Frame, Head, describe_prompt_logprobs, finite, timings_of, usage_of
+from pronk.server.streaming import error_event, to_json
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Wanted(Extras):
     """What a request wants told, and how."""
 
     n: int = 1
@@ -32,12 +32,6 @@ class Wanted:
     """None: none; N: those of the N most likely tokens beside the chosen one's."""
     prompt_logprobs: int | None = None
     """In vLLM's form; only of whole answers."""
-    token_ids: bool = False
-    timings: bool = False
-    usage: bool = False
-    """In a stream: a last chunk with the usage."""
-    continuous_usage: bool = False
-    """In a stream: the usage so far in every chunk."""
     skip_special_tokens: bool = True
 
 
@@ -107,18 +101,15 @@ class CompletionWriter:
         """prompts: token ids of each."""
         self._wanted = wanted
         self._vocabulary = vocabulary
-        self._record = record
         self._prompts = prompts
         count = len(prompts) * wanted.n
         self._told_tokens = 0
         self._begun = [False] * count
         self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         self._logprobs = [LogprobsWriter(vocabulary, wanted) for _ in range(count)]
-        fields = {"id": head.id, "object": "text_completion", "created": head.created, "model": head.model}
-        self._head = b"data: " + to_json(fields)[:-1]
-        self._opens = [b'%b,"choices":[{"index":%d,"text":' % (self._head, index) for index in range(count)]
-        self._close = b"}]" + (b',"usage":null}' if wanted.usage else b"}") + b"\n\n"
-        self._text_close = b',"logprobs":null,"finish_reason":null' + self._close
+        self._frame = Frame(head, "text_completion", wanted, record)
+        self._opens = [self._frame.open(index, "text") for index in range(count)]
+        self._text_close = b',"logprobs":null,"finish_reason":null' + self._frame.plain_close
         # Most chunks are text and nothing else.
         self._plain = wanted.logprobs is None and not (wanted.token_ids or wanted.continuous_usage)
 
@@ -145,19 +136,11 @@ class CompletionWriter:
         return events
 
     def end(self) -> bytes:
-        """The usage and the timings, when the request asked for them, and [DONE]."""
-        wanted = self._wanted
-        if not (wanted.usage or wanted.timings):
-            return DONE
-        last = self._head + b',"choices":[]'
-        if wanted.usage:
-            last += b',"usage":' + to_json(usage_of(self._record))
-        if wanted.timings:
-            last += b',"timings":' + to_json(timings_of(self._record))
-        return last + b"}\n\n" + DONE
+        """See `Frame.end`."""
+        return self._frame.end()
 
     def fail(self, body: bytes) -> bytes:
-        return b"data: " + body + b"\n\n"
+        return error_event(body)
 
     def _begin(self, index: int) -> bytes:
         """The prompt, as far as it is wanted."""
@@ -197,11 +180,7 @@ class CompletionWriter:
             event += b',"prompt_token_ids":' + to_json(prompt_token_ids)
         if self._wanted.token_ids:
             event += b',"token_ids":' + to_json(token_ids)
-        if not self._wanted.continuous_usage:
-            return event + self._close
-        record = self._record
-        usage = usage_object(record.prompt_tokens, self._told_tokens, record.cached_tokens)
-        return event + b'}],"usage":' + to_json(usage) + b"}\n\n"
+        return event + self._frame.close(self._told_tokens)
 
 
 @dataclass

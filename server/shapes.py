@@ -1,4 +1,5 @@
-"""The parts of answers that endpoints share: usage, timings, log probabilities of a prompt.
+"""The parts of answers that endpoints share: usage, timings, log probabilities of a prompt, and what is around the
+choices in the chunks of a stream.
 
 Knows OpenAI's and vLLM's shapes of them; no endpoint.
 """
@@ -13,6 +14,7 @@ from typing import Any
 from pronk.engine.request import MAX_LOGPROBS, TokenLogprobs
 from pronk.engine.tokenizer import Vocabulary
 from pronk.server.record import RequestRecord
+from pronk.server.streaming import DONE, to_json
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,56 @@ class Head:
     created: int
     """Seconds since 1970."""
     model: str
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a request wants told beside its choices."""
+
+    token_ids: bool = False
+    timings: bool = False
+    usage: bool = False
+    """In a stream: a last chunk with the usage."""
+    continuous_usage: bool = False
+    """In a stream: the usage so far in every chunk."""
+
+
+class Frame:
+    """What is around the choice in each event of one stream, and its last events. What stays the same in all of them is
+    encoded once."""
+
+    def __init__(self, head: Head, kind: str, wanted: Extras, record: RequestRecord) -> None:
+        """kind: the `object` that the events are."""
+        fields = {"id": head.id, "object": kind, "created": head.created, "model": head.model}
+        self._head = b"data: " + to_json(fields)[:-1]
+        self._wanted = wanted
+        self._record = record
+        self.plain_close = b"}]" + (b',"usage":null}' if wanted.usage else b"}") + b"\n\n"
+        """What is after a choice's last field, where no usage is told so far."""
+
+    def open(self, index: int, field: str) -> bytes:
+        """-> what is before the value of a choice's first field. index: the choice's; field: that field's name."""
+        return b'%b,"choices":[{"index":%d,"%b":' % (self._head, index, field.encode())
+
+    def close(self, told_tokens: int) -> bytes:
+        """told_tokens: those of all choices until now. -> what is after a choice's last field."""
+        if not self._wanted.continuous_usage:
+            return self.plain_close
+        record = self._record
+        usage = usage_object(record.prompt_tokens, told_tokens, record.cached_tokens)
+        return b'}],"usage":' + to_json(usage) + b"}\n\n"
+
+    def end(self) -> bytes:
+        """The usage and the timings, when the request asked for them, and [DONE]."""
+        wanted = self._wanted
+        if not (wanted.usage or wanted.timings):
+            return DONE
+        last = self._head + b',"choices":[]'
+        if wanted.usage:
+            last += b',"usage":' + to_json(usage_of(self._record))
+        if wanted.timings:
+            last += b',"timings":' + to_json(timings_of(self._record))
+        return last + b"}\n\n" + DONE
 
 
 def describe_prompt_logprobs(

@@ -45,6 +45,11 @@ class EventWriter(Protocol):
         """body: OpenAI's error object as JSON. -> the last event of a stream that cannot go on."""
 
 
+def error_event(body: bytes) -> bytes:
+    """body: OpenAI's error object as JSON. -> the last event of a stream of chunks that cannot go on."""
+    return b"data: " + body + b"\n\n"
+
+
 async def sse(parts: AsyncGenerator[Delta, None], writer: EventWriter, stream: EventStream, *, name: str) -> None:
     """Send the whole response. Raises what `parts` raises while nothing has been sent.
 

@@ -15,25 +15,19 @@ from pronk.engine.tokenizer import Vocabulary
 from pronk.server.chat.tool_parser import Call, CallDelta
 from pronk.server.generation import Answer, Delta, Scored
 from pronk.server.record import RequestRecord
-from pronk.server.shapes import Head, describe_prompt_logprobs, finite, timings_of, usage_object, usage_of
-from pronk.server.streaming import DONE, to_json
+from pronk.server.shapes import Extras, Frame, Head, describe_prompt_logprobs, finite, timings_of, usage_of
+from pronk.server.streaming import error_event, to_json
 
 Logprob = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Wanted(Extras):
     """What a request wants told beside the text, and how."""
 
     logprobs: bool = False
     prompt_logprobs: bool = False
     """Only of a whole answer."""
-    token_ids: bool = False
-    timings: bool = False
-    usage: bool = False
-    """In a stream: a last chunk with the usage."""
-    continuous_usage: bool = False
-    """In a stream: the usage so far in every chunk."""
     function_call: bool = False
     """Tell a call as OpenAI did before there were tools."""
 
@@ -69,15 +63,12 @@ class ChunkWriter:
         """prompt: its token ids."""
         self._wanted = wanted
         self._vocabulary = vocabulary
-        self._record = record
         self._prompt = prompt
         self._told_tokens = 0
-        fields = {"id": head.id, "object": "chat.completion.chunk", "created": head.created, "model": head.model}
-        self._head = b"data: " + to_json(fields)[:-1]
-        self._opens = [b'%b,"choices":[{"index":%d,"delta":' % (self._head, index) for index in range(num_choices)]
+        self._frame = Frame(head, "chat.completion.chunk", wanted, record)
+        self._opens = [self._frame.open(index, "delta") for index in range(num_choices)]
         self._text_opens = [opened + b'{"content":' for opened in self._opens]
-        self._close = b"}]" + (b',"usage":null}' if wanted.usage else b"}") + b"\n\n"
-        self._text_close = b'},"logprobs":null,"finish_reason":null' + self._close
+        self._text_close = b'},"logprobs":null,"finish_reason":null' + self._frame.plain_close
         # Most chunks are text and nothing else.
         self._plain = not (wanted.token_ids or wanted.continuous_usage)
 
@@ -104,19 +95,11 @@ class ChunkWriter:
         return events
 
     def end(self) -> bytes:
-        """The usage and the timings, when the request asked for them, and [DONE]."""
-        wanted = self._wanted
-        if not (wanted.usage or wanted.timings):
-            return DONE
-        last = self._head + b',"choices":[]'
-        if wanted.usage:
-            last += b',"usage":' + to_json(usage_of(self._record))
-        if wanted.timings:
-            last += b',"timings":' + to_json(timings_of(self._record))
-        return last + b"}\n\n" + DONE
+        """See `Frame.end`."""
+        return self._frame.end()
 
     def fail(self, body: bytes) -> bytes:
-        return b"data: " + body + b"\n\n"
+        return error_event(body)
 
     def _chunk(
         self,
@@ -136,11 +119,7 @@ class ChunkWriter:
         )
         if self._wanted.token_ids:
             event += b',"token_ids":' + to_json(token_ids)
-        if not self._wanted.continuous_usage:
-            return event + self._close
-        record = self._record
-        usage = usage_object(record.prompt_tokens, self._told_tokens, record.cached_tokens)
-        return event + b'}],"usage":' + to_json(usage) + b"}\n\n"
+        return event + self._frame.close(self._told_tokens)
 
 
 def _delta_of(delta: Delta, *, as_function_call: bool) -> dict[str, Any]:
