@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pronk.engine.request import Grammar
-from pronk.server.errors import INVALID_VALUE, MISSING, APIError
+from pronk.server.errors import INVALID_VALUE, APIError
 from pronk.server.protocol.common import Body, json_type
 from pronk.server.protocol.strict import check_strict
 
@@ -27,8 +27,8 @@ class JSONSchema(Body):
         description="1 to 64 of the characters a-z, A-Z, 0-9, _ and -. The model does not see it."
     )
     description: str | None = Field(None, description="For the reader of the request; the model does not see it.")
-    schema_: dict[str, Any] | None = Field(
-        None, alias="schema", description="What the answer must be. It is enforced with strict and without."
+    schema_: dict[str, Any] = Field(
+        alias="schema", description="What the answer must be. It is enforced with strict and without."
     )
     strict: bool | None = Field(
         None, description="Check that the schema leaves nothing open: no further properties, none optional."
@@ -71,18 +71,16 @@ def format_grammar(response_format: TextFormat | JSONObjectFormat | JSONSchemaFo
         case JSONObjectFormat():
             return ANY_OBJECT
         case JSONSchemaFormat(json_schema=described):
-            place = "response_format.json_schema"
-            return json_schema_grammar(described.schema_, f"{place}.schema", strict=bool(described.strict))
+            return json_schema_grammar(described, "response_format.json_schema")
     return None
 
 
-def json_schema_grammar(schema: Mapping[str, Any] | None, param: str, *, strict: bool) -> Grammar:
-    """param: where the schema stands in the request. Raises APIError that names it."""
-    if schema is None:
-        raise APIError(f"'{param}' is required.", MISSING, param)
-    if strict:
-        check_strict(schema, param)
-    return Grammar("json", _text(schema, param))
+def json_schema_grammar(described: JSONSchema, param: str) -> Grammar:
+    """param: where `described` stands in the request. Raises APIError that names its schema."""
+    place = f"{param}.schema"
+    if described.strict:
+        check_strict(described.schema_, place)
+    return Grammar("json", _text(described.schema_, place))
 
 
 def structured_grammar(structured: StructuredOutputs | None) -> Grammar | None:

@@ -12,13 +12,26 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from pronk.engine.model.config import GenerationDefaults
 from pronk.engine.request import MAX_LOGPROBS, Grammar, SamplingParams
-from pronk.server.chat.tools import Choice, Function, ToolCalls
+from pronk.server.chat.tools import Choice, Function, Mode, ToolCalls
 from pronk.server.errors import INVALID_VALUE, APIError
 from pronk.server.protocol.common import Body, Share, Temperature, refuse
-from pronk.server.protocol.formats import ANY_OBJECT, NAME_PATTERN, json_schema_grammar
+from pronk.server.protocol.formats import ANY_OBJECT, JSONObjectFormat, JSONSchema, TextFormat, json_schema_grammar
 from pronk.server.protocol.messages import MAX_ITEMS
 from pronk.server.protocol.sampling import first
-from pronk.server.protocol.tools import MAX_TOOLS, FunctionDefinition, offered_function
+from pronk.server.protocol.tools import (
+    MAX_TOOLS,
+    FunctionDefinition,
+    OtherChoice,
+    OtherTool,
+    allowed_choice,
+    functions_only,
+    kind_of_choice,
+    kind_of_tool,
+    named_choice,
+    offered_functions,
+    plain_choice,
+    refuse_choice_of_nothing,
+)
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "user": "names an end user for the operator's records; the model does not see it",
@@ -182,32 +195,14 @@ Items = Annotated[list[Item], Field(max_length=MAX_ITEMS, fail_fast=True)]
 Input = Annotated[Annotated[str, Tag("string")] | Annotated[Items, Tag("parts")], Discriminator(_kind_of_content)]
 
 
-class FlatFunction(Body):
+class FlatFunction(FunctionDefinition):
     """A function that the model may call."""
 
-    type: Literal["function"]
-    name: str = Field(description="1 to 64 of the characters a-z, A-Z, 0-9, _ and -.")
-    description: str | None = Field(None, description="What it does and when to call it; the model reads it.")
-    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of an object. Default: no arguments.")
-    strict: bool | None = Field(
-        None, description="Hold the arguments to the schema also where the model may choose whether to call."
-    )
-
-
-class OtherFlatTool(Body):
-    """One of OpenAI's own tools: refused by `tool_calls`."""
-
-    model_config = ConfigDict(extra="allow")
-    type: str = Field(description="Refused: only functions can be called here.")
-
-
-def _kind_of_tool(tool: Any) -> str:
-    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
-    return "other" if isinstance(kind, str) and kind != "function" else "function"
+    type: Literal["function"] = Field(description="The only kind of tool.")
 
 
 FlatTool = Annotated[
-    Annotated[FlatFunction, Tag("function")] | Annotated[OtherFlatTool, Tag("other")], Discriminator(_kind_of_tool)
+    Annotated[FlatFunction, Tag("function_tool")] | Annotated[OtherTool, Tag("other_tool")], Discriminator(kind_of_tool)
 ]
 
 
@@ -226,53 +221,21 @@ class FlatAllowed(Body):
     tools: list[FlatName] = Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True, description="By name.")
 
 
-class OtherFlatChoice(Body):
-    """Of a tool of another kind: refused by `tool_calls`."""
-
-    model_config = ConfigDict(extra="allow")
-    type: str = Field(description="Refused: only functions can be called here.")
-
-
-def _kind_of_choice(choice: Any) -> str:
-    if isinstance(choice, str):
-        return "mode"
-    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
-    return {"function": "function", "allowed_tools": "allowed"}.get(kind if isinstance(kind, str) else "", "other")
-
-
 FlatChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("mode")]
-    | Annotated[FlatName, Tag("function")]
-    | Annotated[FlatAllowed, Tag("allowed")]
-    | Annotated[OtherFlatChoice, Tag("other")],
-    Discriminator(_kind_of_choice),
+    Annotated[Literal["none", "auto", "required"], Tag("mode_choice")]
+    | Annotated[FlatName, Tag("named_choice")]
+    | Annotated[FlatAllowed, Tag("allowed_choice")]
+    | Annotated[OtherChoice, Tag("other_choice")],
+    Discriminator(kind_of_choice),
 ]
 
 
-class FlatText(Body):
-    type: Literal["text"] = Field(description="Any text.")
-
-
-class FlatObject(Body):
-    type: Literal["json_object"] = Field(description="A JSON object.")
-
-
-class FlatSchema(Body):
+class FlatSchema(JSONSchema):
     type: Literal["json_schema"] = Field(description="JSON that a schema describes.")
-    name: Annotated[str, Field(pattern=NAME_PATTERN)] = Field(
-        description="1 to 64 of the characters a-z, A-Z, 0-9, _ and -. The model does not see it."
-    )
-    schema_: dict[str, Any] = Field(
-        alias="schema", description="What the answer must be. It is enforced with strict and without."
-    )
-    description: str | None = Field(None, description="For the reader of the request; the model does not see it.")
-    strict: bool | None = Field(
-        None, description="Check that the schema leaves nothing open: no further properties, none optional."
-    )
 
 
 class TextConfig(Body):
-    format: Annotated[FlatText | FlatObject | FlatSchema, Field(discriminator="type")] | None = Field(
+    format: Annotated[TextFormat | JSONObjectFormat | FlatSchema, Field(discriminator="type")] | None = Field(
         None, description="What form the answer's text must have."
     )
     verbosity: Literal["low", "medium", "high"] | None = Field(
@@ -319,36 +282,19 @@ class PromptFields(Body):
     def tool_calls(self) -> ToolCalls | None:
         """What the model may call; None: no tools are offered. Raises APIError that names the field."""
         if not self.tools:
-            if self.tool_choice not in (None, "none", "auto"):
-                raise APIError(
-                    "tool_choice asks for a call, but tools offers nothing to call.", INVALID_VALUE, "tool_choice"
-                )
+            refuse_choice_of_nothing("tool_choice", self.tool_choice, "tools")
             return None
-        offered: dict[str, Function] = {}
-        for place, tool in enumerate(self.tools):
-            param = f"tools[{place}]"
-            if isinstance(tool, OtherFlatTool):
-                raise refuse(
-                    f"{param}.type", f"A tool of type '{tool.type}' cannot be used: '{param}.type' must be 'function'."
-                )
-            definition = FunctionDefinition.model_validate(tool.model_dump(exclude={"type"}))
-            if tool.name in offered:
-                raise APIError(
-                    f"'{param}.name' is '{tool.name}', which another function is called already.",
-                    INVALID_VALUE,
-                    f"{param}.name",
-                )
-            offered[tool.name] = offered_function(definition, param)
+        offered = offered_functions(functions_only(self.tools), lambda place: f"tools[{place}]")
         choice = _choice(self.tool_choice, offered)
-        return ToolCalls(tuple(offered.values()), choice, parallel=self.parallel_tool_calls is not False)
+        return ToolCalls(offered, choice, parallel=self.parallel_tool_calls is not False)
 
     def text_grammar(self) -> Grammar | None:
         """What the text of the answer must be. Raises APIError that names the field."""
         match self.text.format if self.text is not None else None:
-            case FlatObject():
+            case JSONObjectFormat():
                 return ANY_OBJECT
             case FlatSchema() as described:
-                return json_schema_grammar(described.schema_, "text.format.schema", strict=bool(described.strict))
+                return json_schema_grammar(described, "text.format")
         return None
 
 
@@ -439,35 +385,14 @@ def _check_item(item: Any, where: str) -> None:
             raise APIError(f"A refusal can only be part of an assistant's message, at {place}.", INVALID_VALUE, place)
 
 
-def _choice(tool_choice: Any, offered: Mapping[str, Function]) -> Choice:
+def _choice(tool_choice: Mode | FlatName | FlatAllowed | OtherChoice | None, offered: Sequence[Function]) -> Choice:
     match tool_choice:
-        case None | "auto":
-            return Choice("auto")
-        case "none":
-            return Choice("none")
-        case "required":
-            return Choice("required")
         case FlatName(name=name):
-            _require(name, offered, "tool_choice.name")
-            return Choice("required", frozenset((name,)), named=True)
+            return named_choice(name, offered, "tool_choice.name")
         case FlatAllowed(mode=mode, tools=tools):
-            _require_all([tool.name for tool in tools], offered)
-            return Choice(mode, frozenset(tool.name for tool in tools))
-    raise refuse(
-        "tool_choice.type",
-        f"A choice of type '{tool_choice.type}' cannot be used: 'tool_choice.type' must be 'function' or "
-        "'allowed_tools'.",
-    )
-
-
-def _require_all(names: Sequence[str], offered: Mapping[str, Function]) -> None:
-    for place, name in enumerate(names):
-        _require(name, offered, f"tool_choice.tools[{place}].name")
-
-
-def _require(name: str, offered: Mapping[str, Function], param: str) -> None:
-    if name not in offered:
-        raise APIError(f"'{param}' is '{name[:64]}', which is not one of the tools.", INVALID_VALUE, param)
+            names = [tool.name for tool in tools]
+            return allowed_choice(mode, names, offered, "tool_choice.tools[{}].name".format)
+    return plain_choice(tool_choice)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:

@@ -1,24 +1,25 @@
 """The fields of a request that speak of tools: tools, tool_choice, parallel_tool_calls, functions, function_call.
 
-Types with OpenAI's rules, `read_tools`, which makes a ToolCalls of them, and the rule of where results may stand. Knows
-nothing of prompts and answers.
+Types with OpenAI's rules, `read_tools`, which makes a ToolCalls of them, and the rule of where results may stand. The
+parts of `read_tools` are for another endpoint's types of the same fields, too. Knows nothing of prompts and answers.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
-from pronk.server.chat.tools import Choice, Function, ToolCalls
+from pronk.server.chat.tools import Choice, Function, Mode, ToolCalls
 from pronk.server.errors import INVALID_VALUE, APIError
 from pronk.server.protocol.common import Body, refuse
 from pronk.server.protocol.strict import check_strict
 
 MAX_TOOLS = 128
 NAME_PATTERN = "[a-zA-Z0-9_-]{1,64}"
+Definition = TypeVar("Definition")
 
 
 class FunctionDefinition(Body):
@@ -39,7 +40,7 @@ class FunctionTool(Body):
 
 
 class OtherTool(Body):
-    """One of OpenAI's other kinds, custom among them: refused by `read_tools`."""
+    """One of OpenAI's other kinds, custom among them: refused by `functions_only`."""
 
     model_config = ConfigDict(extra="allow")
     type: str = Field(description="Refused: only functions can be called.")
@@ -71,18 +72,18 @@ class AllowedChoice(Body):
 
 
 class OtherChoice(Body):
-    """Of a tool of another kind: refused by `read_tools`."""
+    """Of a tool of another kind: refused by `plain_choice`."""
 
     model_config = ConfigDict(extra="allow")
     type: str = Field(description="Refused: only functions can be chosen.")
 
 
-def _kind_of_tool(tool: Any) -> str:
+def kind_of_tool(tool: Any) -> str:
     kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
     return "other_tool" if isinstance(kind, str) and kind != "function" else "function_tool"
 
 
-def _kind_of_choice(choice: Any) -> str:
+def kind_of_choice(choice: Any) -> str:
     if isinstance(choice, str):
         return "mode_choice"
     kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
@@ -97,7 +98,7 @@ def _kind_of_function_call(choice: Any) -> str:
 
 Tool = Annotated[
     Annotated[FunctionTool, Tag("function_tool")] | Annotated[OtherTool, Tag("other_tool")],
-    Discriminator(_kind_of_tool),
+    Discriminator(kind_of_tool),
 ]
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 ToolChoice = Annotated[
@@ -105,7 +106,7 @@ ToolChoice = Annotated[
     | Annotated[NamedChoice, Tag("named_choice")]
     | Annotated[AllowedChoice, Tag("allowed_choice")]
     | Annotated[OtherChoice, Tag("other_choice")],
-    Discriminator(_kind_of_choice),
+    Discriminator(kind_of_choice),
 ]
 Functions = Annotated[list[FunctionDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)]
 FunctionCallChoice = Annotated[
@@ -116,7 +117,7 @@ FunctionCallChoice = Annotated[
 
 def read_tools(
     tools: Sequence[FunctionTool | OtherTool] | None,
-    tool_choice: str | NamedChoice | AllowedChoice | OtherChoice | None = None,
+    tool_choice: Mode | NamedChoice | AllowedChoice | OtherChoice | None = None,
     parallel_tool_calls: bool | None = None,
     functions: Sequence[FunctionDefinition] | None = None,
     function_call: str | FunctionName | None = None,
@@ -129,21 +130,54 @@ def read_tools(
     if tools and functions:
         raise APIError("functions is OpenAI's older name for tools: send one of them.", INVALID_VALUE, "functions")
     if functions:
-        offered = _offered(functions, lambda place: f"functions[{place}]")
+        offered = offered_functions(functions, lambda place: f"functions[{place}]")
         legacy_choice = _choice_of_function(function_call, offered)
         return ToolCalls(offered, legacy_choice, parallel=False, legacy=True)
     if not tools:
-        _refuse_choice_of_nothing("tool_choice", tool_choice, "tools")
-        _refuse_choice_of_nothing("function_call", function_call, "functions")
+        refuse_choice_of_nothing("tool_choice", tool_choice, "tools")
+        refuse_choice_of_nothing("function_call", function_call, "functions")
         return None
-    _refuse_choice_of_nothing("function_call", function_call, "functions")
-    offered = _offered(_definitions(tools), lambda place: f"tools[{place}].function")
+    refuse_choice_of_nothing("function_call", function_call, "functions")
+    definitions = [tool.function for tool in functions_only(tools)]
+    offered = offered_functions(definitions, lambda place: f"tools[{place}].function")
     return ToolCalls(offered, _choice(tool_choice, offered), parallel=parallel_tool_calls is not False)
 
 
-def offered_function(definition: FunctionDefinition, param: str) -> Function:
-    """param: where the definition stands in the request. Raises APIError for a name that OpenAI's API would not have,
-    and for parameters that are no object's schema, or not strict where they are to be."""
+def functions_only(tools: Sequence[Definition | OtherTool]) -> list[Definition]:
+    """-> the same. Raises APIError for a tool of another kind."""
+    functions: list[Definition] = []
+    for place, tool in enumerate(tools):
+        if isinstance(tool, OtherTool):
+            param = f"tools[{place}].type"
+            raise refuse(param, f"A tool of type '{tool.type}' cannot be used: '{param}' must be 'function'.")
+        functions.append(tool)
+    return functions
+
+
+def offered_functions(
+    definitions: Sequence[FunctionDefinition], param_of: Callable[[int], str]
+) -> tuple[Function, ...]:
+    """param_of: place -> where the definition stands in the request.
+
+    Raises APIError for a name twice, or one that OpenAI's API would not have, and for parameters that are no object's
+    schema, or not strict where they are to be.
+    """
+    names: set[str] = set()
+    functions = []
+    for place, definition in enumerate(definitions):
+        param = param_of(place)
+        if definition.name in names:
+            raise APIError(
+                f"'{param}.name' is '{definition.name}', which another function is called already.",
+                INVALID_VALUE,
+                f"{param}.name",
+            )
+        names.add(definition.name)
+        functions.append(_offered_function(definition, param))
+    return tuple(functions)
+
+
+def _offered_function(definition: FunctionDefinition, param: str) -> Function:
     if not re.fullmatch(NAME_PATTERN, definition.name):
         raise APIError(
             f"'{param}.name' must be 1 to 64 of the characters a-z, A-Z, 0-9, _ and -.", INVALID_VALUE, f"{param}.name"
@@ -160,73 +194,60 @@ def offered_function(definition: FunctionDefinition, param: str) -> Function:
     return Function(definition.name, definition.description, parameters, strict=bool(definition.strict))
 
 
-def _definitions(tools: Sequence[FunctionTool | OtherTool]) -> list[FunctionDefinition]:
-    definitions = []
-    for place, tool in enumerate(tools):
-        if isinstance(tool, OtherTool):
-            param = f"tools[{place}].type"
-            raise refuse(param, f"A tool of type '{tool.type}' cannot be used: '{param}' must be 'function'.")
-        definitions.append(tool.function)
-    return definitions
-
-
-def _offered(definitions: Sequence[FunctionDefinition], param_of: Callable[[int], str]) -> tuple[Function, ...]:
-    names: set[str] = set()
-    functions = []
-    for place, definition in enumerate(definitions):
-        param = param_of(place)
-        if definition.name in names:
-            raise APIError(
-                f"'{param}.name' is '{definition.name}', which another function is called already.",
-                INVALID_VALUE,
-                f"{param}.name",
-            )
-        names.add(definition.name)
-        functions.append(offered_function(definition, param))
-    return tuple(functions)
-
-
-def _refuse_choice_of_nothing(param: str, choice: object, missing: str) -> None:
+def refuse_choice_of_nothing(param: str, choice: object, missing: str) -> None:
+    """Raises APIError for the field `param` when it asks for a call and the field `missing` offers nothing."""
     if choice not in (None, "none", "auto"):
         raise APIError(f"{param} asks for a call, but {missing} offers nothing to call.", INVALID_VALUE, param)
 
 
-def _choice(tool_choice: str | NamedChoice | AllowedChoice | OtherChoice | None, offered: Sequence[Function]) -> Choice:
+def _choice(
+    tool_choice: Mode | NamedChoice | AllowedChoice | OtherChoice | None, offered: Sequence[Function]
+) -> Choice:
     match tool_choice:
-        case None | "auto":
-            return Choice("auto")
-        case "none":
-            return Choice("none")
-        case "required":
-            return Choice("required")
         case NamedChoice():
-            return _named(tool_choice.function.name, offered, "tool_choice.function.name")
-        case AllowedChoice():
-            allowed = tool_choice.allowed_tools
-            for place, tool in enumerate(allowed.tools):
-                _require(tool.function.name, offered, f"tool_choice.allowed_tools.tools[{place}].function.name")
-            return Choice(allowed.mode, frozenset(tool.function.name for tool in allowed.tools))
-    kind = tool_choice.type if isinstance(tool_choice, OtherChoice) else tool_choice
-    raise refuse(
-        "tool_choice.type",
-        f"A choice of type '{kind}' cannot be used: 'tool_choice.type' must be 'function' or 'allowed_tools'.",
-    )
+            return named_choice(tool_choice.function.name, offered, "tool_choice.function.name")
+        case AllowedChoice(allowed_tools=allowed):
+            names = [tool.function.name for tool in allowed.tools]
+            place = "tool_choice.allowed_tools.tools[{}].function.name"
+            return allowed_choice(allowed.mode, names, offered, place.format)
+    return plain_choice(tool_choice)
 
 
-def _choice_of_function(function_call: str | FunctionName | None, offered: Sequence[Function]) -> Choice:
-    if isinstance(function_call, FunctionName):
-        return _named(function_call.name, offered, "function_call.name")
-    return Choice("none") if function_call == "none" else Choice("auto")
+def plain_choice(tool_choice: Mode | OtherChoice | None) -> Choice:
+    """Of no function. Raises APIError for a tool of another kind."""
+    if isinstance(tool_choice, OtherChoice):
+        raise refuse(
+            "tool_choice.type",
+            f"A choice of type '{tool_choice.type}' cannot be used: 'tool_choice.type' must be 'function' or "
+            "'allowed_tools'.",
+        )
+    return Choice(tool_choice or "auto")
 
 
-def _named(name: str, offered: Sequence[Function], param: str) -> Choice:
+def named_choice(name: str, offered: Sequence[Function], param: str) -> Choice:
+    """Of one function. Raises APIError that names `param` when it is not offered."""
     _require(name, offered, param)
     return Choice("required", frozenset((name,)), named=True)
 
 
+def allowed_choice(
+    mode: Mode, names: Sequence[str], offered: Sequence[Function], param_of: Callable[[int], str]
+) -> Choice:
+    """Of some functions. Raises APIError that names `param_of(place)` when one is not offered."""
+    for place, name in enumerate(names):
+        _require(name, offered, param_of(place))
+    return Choice(mode, frozenset(names))
+
+
+def _choice_of_function(function_call: str | FunctionName | None, offered: Sequence[Function]) -> Choice:
+    if isinstance(function_call, FunctionName):
+        return named_choice(function_call.name, offered, "function_call.name")
+    return Choice("none") if function_call == "none" else Choice("auto")
+
+
 def _require(name: str, offered: Sequence[Function], param: str) -> None:
     if all(function.name != name for function in offered):
-        raise APIError(f"'{param}' is '{name}', which is none of the functions offered.", INVALID_VALUE, param)
+        raise APIError(f"'{param}' is '{name[:64]}', which is none of the functions offered.", INVALID_VALUE, param)
 
 
 def check_tool_messages(messages: Sequence[Mapping[str, Any]]) -> None:
