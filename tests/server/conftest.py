@@ -1,10 +1,11 @@
-"""What the server's tests share: a client of an application over a fake engine."""
+"""What the server's tests share, over a fake engine: a client of an application, a server that runs, OpenAI's client of
+it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +15,9 @@ from pronk.server.service import Service
 
 from .fakes import Client, FakeEngine, served
 from .running import Running
+
+if TYPE_CHECKING:
+    import openai
 
 Connect = Callable[..., Client]
 
@@ -57,3 +61,21 @@ async def start() -> AsyncIterator[Start]:
             running.signal()
             running.signal()
         await asyncio.gather(running.task, return_exceptions=True)
+
+
+@pytest.fixture
+async def running(start: Start) -> Running:
+    """A server that answers, by the names tiny and meta/tiny."""
+    server = start(served_model_names=("tiny", "meta/tiny"))
+    await server.until_ready()
+    return server
+
+
+@pytest.fixture
+async def sdk(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's client of `running`; it does not try again."""
+    import openai  # only here: it takes longer to import than most files of tests take to run
+
+    url = f"http://127.0.0.1:{running.port}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=20) as connected:
+        yield connected

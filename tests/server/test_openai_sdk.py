@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -18,22 +17,8 @@ from .running import Running
 MESSAGES: Any = [{"role": "user", "content": "stressed"}]
 
 
-@pytest.fixture
-async def running(start: Start) -> Running:
-    server = start(served_model_names=("tiny", "meta/tiny"))
-    await server.until_ready()
-    return server
-
-
-@pytest.fixture
-async def client(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
-    url = f"http://127.0.0.1:{running.port}/v1"
-    async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=20) as connected:
-        yield connected
-
-
-async def test_whole(client: openai.AsyncOpenAI) -> None:
-    completion = await client.chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=1)
+async def test_whole(sdk: openai.AsyncOpenAI) -> None:
+    completion = await sdk.chat.completions.create(model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=1)
     choice = completion.choices[0]
     assert (choice.message.content, choice.message.role, choice.finish_reason) == ("desserts", "assistant", "stop")
     assert choice.message.tool_calls is None
@@ -48,8 +33,8 @@ async def test_whole(client: openai.AsyncOpenAI) -> None:
     type(completion).model_validate(json.loads(completion.model_dump_json()), strict=True)
 
 
-async def test_stream(client: openai.AsyncOpenAI) -> None:
-    stream = await client.chat.completions.create(
+async def test_stream(sdk: openai.AsyncOpenAI) -> None:
+    stream = await sdk.chat.completions.create(
         model="tiny", messages=MESSAGES, stream=True, stream_options={"include_usage": True}, max_completion_tokens=4
     )
     chunks = [chunk async for chunk in stream]
@@ -62,8 +47,8 @@ async def test_stream(client: openai.AsyncOpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 4
 
 
-async def test_the_stream_helper(client: openai.AsyncOpenAI) -> None:
-    async with client.chat.completions.stream(model="tiny", messages=MESSAGES) as stream:
+async def test_the_stream_helper(sdk: openai.AsyncOpenAI) -> None:
+    async with sdk.chat.completions.stream(model="tiny", messages=MESSAGES) as stream:
         async for _ in stream:
             continue
         completion = await stream.get_final_completion()
@@ -101,10 +86,10 @@ def say(running: Running, text: str) -> None:
     running.engine.script = lambda request: outputs([*text.encode(), END_OF_TURN], logprobs=request.params.logprobs)
 
 
-async def test_tools(running: Running, client: openai.AsyncOpenAI) -> None:
+async def test_tools(running: Running, sdk: openai.AsyncOpenAI) -> None:
     """The whole loop: a call, its result, an answer; and the same call from a stream."""
     say(running, CALL)
-    first = await client.chat.completions.create(model="tiny", messages=MESSAGES, tools=[TOOL], tool_choice="required")
+    first = await sdk.chat.completions.create(model="tiny", messages=MESSAGES, tools=[TOOL], tool_choice="required")
     message = first.choices[0].message
     assert (message.content, first.choices[0].finish_reason) == (None, "tool_calls")
     assert message.tool_calls is not None
@@ -116,11 +101,11 @@ async def test_tools(running: Running, client: openai.AsyncOpenAI) -> None:
     say(running, "Sunny.")
     result: Any = {"role": "tool", "tool_call_id": call.id, "content": "sun"}
     history = [*MESSAGES, message.model_dump(), result]
-    second = await client.chat.completions.create(model="tiny", messages=history, tools=[TOOL])
+    second = await sdk.chat.completions.create(model="tiny", messages=history, tools=[TOOL])
     assert (second.choices[0].message.content, second.choices[0].message.tool_calls) == ("Sunny.", None)
 
     say(running, CALL)
-    async with client.chat.completions.stream(model="tiny", messages=MESSAGES, tools=[TOOL]) as stream:
+    async with sdk.chat.completions.stream(model="tiny", messages=MESSAGES, tools=[TOOL]) as stream:
         events = [event async for event in stream]
         final = await stream.get_final_completion()
     assert final.choices[0].finish_reason == "tool_calls"
@@ -136,53 +121,53 @@ class City(pydantic.BaseModel):
     people: int
 
 
-async def test_parsed_answers(running: Running, client: openai.AsyncOpenAI) -> None:
+async def test_parsed_answers(running: Running, sdk: openai.AsyncOpenAI) -> None:
     say(running, '{"name": "Lima", "people": 10}')
-    parsed = await client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=City)
+    parsed = await sdk.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=City)
     assert parsed.choices[0].message.parsed == City(name="Lima", people=10)
     grammar = running.engine.requests[0].params.grammar
     assert grammar is not None
     assert grammar.kind == "json"
     assert list(json.loads(grammar.text)["properties"]) == ["name", "people"]
-    async with client.chat.completions.stream(model="tiny", messages=MESSAGES, response_format=City) as stream:
+    async with sdk.chat.completions.stream(model="tiny", messages=MESSAGES, response_format=City) as stream:
         final = await stream.get_final_completion()
     assert final.choices[0].message.parsed == City(name="Lima", people=10)
 
 
-async def test_several_choices(client: openai.AsyncOpenAI) -> None:
-    whole = await client.chat.completions.create(model="tiny", messages=MESSAGES, n=3)
+async def test_several_choices(sdk: openai.AsyncOpenAI) -> None:
+    whole = await sdk.chat.completions.create(model="tiny", messages=MESSAGES, n=3)
     assert [(choice.index, choice.message.content) for choice in whole.choices] == [(n, "desserts") for n in range(3)]
-    async with client.chat.completions.stream(model="tiny", messages=MESSAGES, n=3) as stream:
+    async with sdk.chat.completions.stream(model="tiny", messages=MESSAGES, n=3) as stream:
         final = await stream.get_final_completion()
     assert [(choice.index, choice.message.content) for choice in final.choices] == [(n, "desserts") for n in range(3)]
 
 
-async def test_completions(client: openai.AsyncOpenAI) -> None:
+async def test_completions(sdk: openai.AsyncOpenAI) -> None:
     bare: Any = {"model": "tiny", "max_tokens": 50, "extra_body": {"add_special_tokens": False}}
-    whole = await client.completions.create(prompt=["ab", "cd"], logprobs=1, **bare)
+    whole = await sdk.completions.create(prompt=["ab", "cd"], logprobs=1, **bare)
     assert [(choice.index, choice.text) for choice in whole.choices] == [(0, "ba"), (1, "dc")]
     assert all(choice.logprobs is not None and choice.logprobs.tokens for choice in whole.choices)
     type(whole).model_validate(json.loads(whole.model_dump_json()), strict=True)
-    stream = await client.completions.create(prompt="ab", stream=True, stream_options={"include_usage": True}, **bare)
+    stream = await sdk.completions.create(prompt="ab", stream=True, stream_options={"include_usage": True}, **bare)
     chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == "ba"
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage is not None
 
 
-async def test_models(client: openai.AsyncOpenAI) -> None:
-    assert [model.id async for model in client.models.list()] == ["tiny", "meta/tiny"]
+async def test_models(sdk: openai.AsyncOpenAI) -> None:
+    assert [model.id async for model in sdk.models.list()] == ["tiny", "meta/tiny"]
     for name in ("tiny", "meta/tiny"):
-        model = await client.models.retrieve(name)
+        model = await sdk.models.retrieve(name)
         assert (model.id, model.object) == (name, "model")
     with pytest.raises(openai.NotFoundError) as caught:
-        await client.models.retrieve("gpt-4o")
+        await sdk.models.retrieve("gpt-4o")
     assert caught.value.code == "model_not_found"
 
 
-async def test_many_streams_at_once_do_not_mix(client: openai.AsyncOpenAI) -> None:
+async def test_many_streams_at_once_do_not_mix(sdk: openai.AsyncOpenAI) -> None:
     async def ask(number: int) -> str:
-        stream = await client.chat.completions.create(
+        stream = await sdk.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": f"request {number}"}], stream=True
         )
         return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
@@ -191,23 +176,23 @@ async def test_many_streams_at_once_do_not_mix(client: openai.AsyncOpenAI) -> No
     assert answers == [f"request {number}"[::-1] for number in range(32)]
 
 
-async def test_mistakes_are_the_clients_own_errors(client: openai.AsyncOpenAI) -> None:
+async def test_mistakes_are_the_clients_own_errors(sdk: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        await client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=3)
+        await sdk.chat.completions.create(model="tiny", messages=MESSAGES, temperature=3)
     assert (caught.value.param, caught.value.code, caught.value.type) == (
         "temperature",
         "invalid_value",
         "invalid_request_error",
     )
     with pytest.raises(openai.NotFoundError):
-        await client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
+        await sdk.chat.completions.create(model="gpt-4o", messages=MESSAGES)
     with pytest.raises(openai.BadRequestError, match="maximum context length is 4096 tokens") as caught:
-        await client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=100_000, stream=True)
+        await sdk.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=100_000, stream=True)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="guided_json"):
-        await client.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"guided_json": {}})
+        await sdk.chat.completions.create(model="tiny", messages=MESSAGES, extra_body={"guided_json": {}})
     with pytest.raises(openai.NotFoundError):
-        await client.embeddings.create(model="tiny", input="x")
+        await sdk.embeddings.create(model="tiny", input="x")
 
 
 async def test_a_wrong_key(start: Start) -> None:
@@ -225,9 +210,9 @@ async def test_a_wrong_key(start: Start) -> None:
             assert caught.value.code == "invalid_api_key"
 
 
-async def test_leaving_a_stream_aborts_it(running: Running, client: openai.AsyncOpenAI) -> None:
+async def test_leaving_a_stream_aborts_it(running: Running, sdk: openai.AsyncOpenAI) -> None:
     running.engine.hold_after = 1  # the rest of the answer never comes: only an abort can end it
-    stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+    stream = await sdk.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
     await anext(aiter(stream))
     assert len(running.engine.running) == 1
     await stream.close()
@@ -235,9 +220,9 @@ async def test_leaving_a_stream_aborts_it(running: Running, client: openai.Async
     assert len(running.engine.aborted) == 1
 
 
-async def test_leaving_a_whole_answer_aborts_it(running: Running, client: openai.AsyncOpenAI) -> None:
+async def test_leaving_a_whole_answer_aborts_it(running: Running, sdk: openai.AsyncOpenAI) -> None:
     running.engine.gate.clear()
-    call = asyncio.create_task(client.chat.completions.create(model="tiny", messages=MESSAGES))
+    call = asyncio.create_task(sdk.chat.completions.create(model="tiny", messages=MESSAGES))
     await running.engine.until(lambda: bool(running.engine.running))
     call.cancel()
     await asyncio.gather(call, return_exceptions=True)
@@ -245,9 +230,9 @@ async def test_leaving_a_whole_answer_aborts_it(running: Running, client: openai
     assert len(running.engine.aborted) == 1
 
 
-async def test_a_dying_engine_is_an_error_in_the_stream(running: Running, client: openai.AsyncOpenAI) -> None:
+async def test_a_dying_engine_is_an_error_in_the_stream(running: Running, sdk: openai.AsyncOpenAI) -> None:
     running.engine.hold_after = 1
-    stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+    stream = await sdk.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
     chunks = aiter(stream)
     for _ in range(2):
         await anext(chunks)
@@ -255,12 +240,12 @@ async def test_a_dying_engine_is_an_error_in_the_stream(running: Running, client
     with pytest.raises(openai.APIError, match="killed by signal 9"):
         await anext(chunks)
     with pytest.raises(openai.InternalServerError) as caught:
-        await client.chat.completions.create(model="tiny", messages=MESSAGES)
+        await sdk.chat.completions.create(model="tiny", messages=MESSAGES)
     assert caught.value.status_code == 503
 
 
-async def test_unicode_comes_through(running: Running, client: openai.AsyncOpenAI) -> None:
+async def test_unicode_comes_through(running: Running, sdk: openai.AsyncOpenAI) -> None:
     text = "naïve \u2028 \x85 \U0001f999 \x00 \ufffd"
     running.engine.script = lambda request: outputs([*text.encode(), END_OF_TURN])
-    stream = await client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
+    stream = await sdk.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
     assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == text

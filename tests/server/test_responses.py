@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -16,7 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 from pronk.engine.request import Output, Request
 from pronk.server.responses.store import ResponseStore, Stored
 
-from .conftest import Connect, Start
+from .conftest import Connect
 from .fakes import BYTES_TOKENIZER, END_OF_TURN, Client, FakeEngine, Reply, outputs
 from .running import Running
 
@@ -52,20 +51,6 @@ def events_of(reply: Reply) -> list[dict[str, Any]]:
         events.append(event)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
-
-
-@pytest.fixture
-async def running(start: Start) -> Running:
-    server = start(served_model_names=("tiny", "meta/tiny"))
-    await server.until_ready()
-    return server
-
-
-@pytest.fixture
-async def sdk(running: Running) -> AsyncIterator[openai.AsyncOpenAI]:
-    url = f"http://127.0.0.1:{running.port}/v1"
-    async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=20) as connected:
-        yield connected
 
 
 async def test_whole(sdk: openai.AsyncOpenAI) -> None:
