@@ -6,7 +6,7 @@ Knows HTTP and a Generation by its face; no endpoint's fields and no body's shap
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HTTPRequest
@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from pronk.engine.errors import RequestError
 from pronk.engine.request import Grammar
 from pronk.server.body import read_body
-from pronk.server.generation import Answer, Asking
+from pronk.server.generation import Asking
 from pronk.server.sending import EventStream
 from pronk.server.service import ServedModel
 from pronk.server.streaming import EventWriter, sse, to_json, unless_disconnected
@@ -51,17 +51,18 @@ class GenerationResponse(Response):
         self,
         generation: Asking,
         *,
-        body: Callable[[Sequence[Answer]], Any],
+        whole: Callable[[], Coroutine[Any, Any, Any]],
         writer: EventWriter | None = None,
         names: Mapping[str, str] | None = None,
     ) -> None:
-        """body: makes the whole answer, to be written as JSON. writer: of the stream, when one is wanted.
+        """whole: asks the generation for all -> the answer, to be written as JSON. writer: of the stream, when one is
+        wanted.
 
         names: the engine's name of a field -> the name that the client used, where that is another.
         """
         super().__init__()
         self._generation = generation
-        self._body = body
+        self._make_whole = whole
         self._writer = writer
         self._names = names or {}
 
@@ -79,5 +80,5 @@ class GenerationResponse(Response):
         await sse(self._generation.deltas(), writer, stream, name=self._generation.record.request_id)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answers = await unless_disconnected(receive, self._generation.collect())
-        await Response(to_json(self._body(answers)), media_type="application/json")(scope, receive, send)
+        body = await unless_disconnected(receive, self._make_whole())
+        await Response(to_json(body), media_type="application/json")(scope, receive, send)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request as HTTPRequest
@@ -112,9 +113,13 @@ def _answer(read: Read, generation: Generation | BeamSearch, model: ServedModel,
     )
     vocabulary, prompt = model.vocabulary, read.prompt
     writer = ChunkWriter(head, wanted, vocabulary, record, prompt=prompt, num_choices=generation.num_completions)
+
+    async def whole() -> dict[str, Any]:
+        return completion_body(head, wanted, vocabulary, record, await generation.collect(), prompt=prompt)
+
     return GenerationResponse(
         generation,
-        body=lambda answers: completion_body(head, wanted, vocabulary, record, answers, prompt=prompt),
+        whole=whole,
         writer=writer if asked.stream else None,
         names={"max_tokens": asked.length_field, "prompt": "messages", "structured_outputs": asked.grammar_field},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter
@@ -70,9 +71,13 @@ async def create_completion(request: HTTPRequest) -> Response:
         continuous_usage=asked.continuous_usage,
         skip_special_tokens=asked.skip_special_tokens,
     )
+
+    async def whole() -> dict[str, Any]:
+        return completion_body(head, wanted, model.vocabulary, record, await generation.collect(), read.prompts)
+
     return GenerationResponse(
         generation,
-        body=lambda answers: completion_body(head, wanted, model.vocabulary, record, answers, read.prompts),
+        whole=whole,
         writer=CompletionWriter(head, wanted, model.vocabulary, record, read.prompts) if asked.stream else None,
         names={"messages": "prompt", "structured_outputs": asked.grammar_field},
     )

@@ -12,7 +12,6 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from pronk.engine.errors import PronkError
 from pronk.engine.request import Grammar, SamplingParams
@@ -29,7 +28,7 @@ from pronk.server.responses.items import ItemDict, input_items, messages_of, new
 from pronk.server.responses.store import ResponseStore, Stored
 from pronk.server.routes.models import unknown_model
 from pronk.server.service import ServedModel, Service
-from pronk.server.streaming import to_json, unless_disconnected
+from pronk.server.streaming import to_json
 
 logger = logging.getLogger(__name__)
 router = APIRouter()
@@ -101,27 +100,14 @@ async def create_response(request: HTTPRequest) -> Response:
         keep()
         stored.task = asyncio.create_task(_work(generation, stored, output, keep), name=response_id)
         return _json(body)
-    if asked.stream:
-        writer = events.ResponseWriter(body, output, record, keep)
-        return GenerationResponse(generation, body=len, writer=writer, names=NAMES)
-    return WholeResponse(generation, body, output, keep)
 
+    async def whole() -> dict[str, Any]:
+        await events.make(generation, body, output)
+        keep()
+        return body
 
-class WholeResponse(GenerationResponse):
-    """Made of the same events as a stream, none of which is sent."""
-
-    def __init__(
-        self, generation: Generation, body: dict[str, Any], output: events.Output, ended: Callable[[], None]
-    ) -> None:
-        super().__init__(generation, body=len, names=NAMES)
-        self._made = body
-        self._output = output
-        self._ended = ended
-
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await unless_disconnected(receive, events.make(self._generation, self._made, self._output))
-        self._ended()
-        await _json(self._made)(scope, receive, send)
+    writer = events.ResponseWriter(body, output, record, keep) if asked.stream else None
+    return GenerationResponse(generation, whole=whole, writer=writer, names=NAMES)
 
 
 async def _work(generation: Generation, stored: Stored, output: events.Output, keep: Callable[[], None]) -> None:
