@@ -126,7 +126,7 @@ class SamplingFields(Body):
     prompt_logprobs: Annotated[int, told("integer", minimum=0, maximum=MAX_LOGPROBS)] | None = Field(
         None, description="0 to 20: tell the log probability of each token of the prompt, and of so many others."
     )
-    truncate_prompt_tokens: Annotated[int, told("integer", minimum=-1)] | None = Field(
+    truncate_prompt_tokens: Annotated[int, told("integer", minimum=-1, **{"not": {"const": 0}})] | None = Field(
         None, description="Keep only so many of the prompt's last tokens; -1: as many as fit."
     )
     return_token_ids: bool = Field(False, description="Tell the ids of the tokens of prompt and answer.")

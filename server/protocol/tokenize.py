@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pronk.server.protocol.chat import ChatFields
-from pronk.server.protocol.common import Body
+from pronk.server.protocol.common import Body, told
 
 MODEL = "One of the names that GET /v1/models lists. Default: the first."
 STRINGS = "Tell each token's text as well."
@@ -34,4 +34,6 @@ class TokenizeChatRequest(ChatFields):
 
 class DetokenizeRequest(Body):
     model: str | None = Field(None, description=MODEL)
-    tokens: Annotated[list[int], Field(fail_fast=True)] = Field(description="Token ids.")
+    tokens: Annotated[list[int], Field(fail_fast=True), told("array", items={"type": "integer", "minimum": 0})] = Field(
+        description="Token ids."
+    )

@@ -131,6 +131,23 @@ async def test_the_description_of_a_stream_is_that_of_its_events(connect: Connec
         jsonschema.validate(event, {**described, "additionalProperties": False})
 
 
+BOUNDS = [
+    ("/v1/chat/completions", "truncate_prompt_tokens", [-1, 1, 1000], [-2, 0, 1.5]),
+    ("/v1/chat/completions", "stop", ["a" * 4096, ["a"] * 16], ["", "a" * 4097, ["a"] * 17, [""], ["a" * 4097]]),
+    ("/detokenize", "tokens", [[], [0]], [[-1], [0.5], "a"]),
+]
+
+
+@pytest.mark.parametrize(("path", "field", "fitting", "others"), BOUNDS)
+def test_bounds_that_the_server_keeps_are_described(
+    path: str, field: str, fitting: list[Any], others: list[Any]
+) -> None:
+    body = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    described = jsonschema.Draft202012Validator(body["properties"][field])
+    assert all(described.is_valid(value) for value in fitting)
+    assert not any(described.is_valid(value) for value in others)
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_null_and_absent_are_the_same_in_the_description_too(body: type[Body]) -> None:
     schema = schema_of(body)
