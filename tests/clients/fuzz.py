@@ -44,7 +44,7 @@ include-path = "/v1/responses/input_tokens"
 checks.unsupported_method.enabled = false
 """
 DEPENDENT = ("top_logprobs", "stream_options", "length_penalty", "use_beam_search", "prompt_logprobs")
-NUM_STORED = 20
+NUM_STORED = 100
 
 
 def get(url: str) -> Any:
@@ -59,9 +59,10 @@ def post(url: str, body: Any) -> Any:
 
 
 def store_responses(url: str, model: str) -> list[str]:
-    """-> the ids of responses that there are now."""
+    """-> the ids of responses that there are now; every other one can be cancelled."""
     question = {"model": model, "input": "Hello", "max_output_tokens": 16}
-    return [post(f"{url}/v1/responses", question)["id"] for _ in range(NUM_STORED)]
+    asked = [{**question, "background": place % 2 == 0} for place in range(NUM_STORED)]
+    return [post(f"{url}/v1/responses", body)["id"] for body in asked]
 
 
 def bodies(operation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -77,14 +78,14 @@ def narrow(document: dict[str, Any], models: list[str], stored: list[str], *, wi
                 fields = schema.get("properties", {})
                 for name in without:
                     fields.pop(name, None)
-                model = fields.get("model", {})
-                for kind in [model, *model.get("anyOf", [])]:
-                    if kind.get("type") == "string":
-                        kind["enum"] = models
+                for name, known in (("model", models), ("previous_response_id", stored)):
+                    field = fields.get(name, {})
+                    for kind in [field, *field.get("anyOf", [])]:
+                        if kind.get("type") == "string":
+                            kind["enum"] = known
             for parameter in operation.get("parameters", []):
-                known = {"model_id": models, "response_id": stored}.get(parameter["name"])
-                if known:
-                    parameter["schema"]["enum"] = known
+                if parameter["name"] in ("model_id", "response_id"):
+                    parameter["schema"]["enum"] = models if parameter["name"] == "model_id" else stored
 
 
 def main() -> int:
