@@ -28,9 +28,15 @@ INLINE_BYTES = 16_384
 
 
 async def read_request(request: HTTPRequest, read: Callable[[bytes], T]) -> T:
-    """-> what `read` makes of the body; it runs in a thread where it may take long. Raises what it raises."""
+    """-> what `read` makes of the body; it runs in a thread where it may take long, and so must not touch what others
+    change on the event loop. Raises what it raises."""
     body = await read_body(request.receive, request.app.state.config.max_body_bytes)
-    return read(body) if len(body) <= INLINE_BYTES else await asyncio.to_thread(read, body)
+    return await apart(lambda: read(body), is_long=len(body) > INLINE_BYTES)
+
+
+async def apart(work: Callable[[], T], *, is_long: bool) -> T:
+    """-> what `work` makes; in a thread, where that may take long. Raises what it raises."""
+    return await asyncio.to_thread(work) if is_long else work()
 
 
 async def check_grammar(model: ServedModel, grammar: Grammar | None, param: str) -> None:

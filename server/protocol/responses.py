@@ -279,6 +279,10 @@ class PromptFields(Body):
         for index, item in enumerate(self.input):
             _check_item(item, f"input[{index}]")
 
+    def longest_prompt(self, max_model_len: int) -> int | None:
+        """-> tokens that the prompt may have before its oldest messages are left out; None: any number."""
+        return None
+
     def tool_calls(self) -> ToolCalls | None:
         """What the model may call; None: no tools are offered. Raises APIError that names the field."""
         if not self.tools:
@@ -348,6 +352,10 @@ class ResponseRequest(PromptFields):
             sentence = f"top_logprobs is only allowed with '{LOGPROBS}' in include."
             raise APIError(sentence, INVALID_VALUE, "top_logprobs")
         _check_metadata(self.metadata or {})
+
+    def longest_prompt(self, max_model_len: int) -> int | None:
+        """See `PromptFields.longest_prompt`: an answer must fit in as well."""
+        return max_model_len - first(self.max_output_tokens, 1) if self.truncation == "auto" else None
 
     @property
     def wants_logprobs(self) -> bool:

@@ -6,7 +6,7 @@ Knows no prompt and no store.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pronk.server.protocol.responses import (
@@ -30,17 +30,22 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-def input_items(given: str | Sequence[Any], find: Callable[[str, str], ItemDict]) -> list[ItemDict]:
-    """A request's input -> its items as they are kept and told, each with an id; references are resolved.
+def references(given: str | Sequence[Any]) -> dict[str, str]:
+    """A request's input -> ids of the items of stored responses that it names, each with the field that does."""
+    if isinstance(given, str):
+        return {}
+    named = ((item.id, index) for index, item in enumerate(given) if isinstance(item, ItemReference))
+    return {item_id: f"input[{index}].id" for item_id, index in named}
 
-    find(id, param): the item of a stored response; raises APIError that names `param`.
-    """
+
+def input_items(given: str | Sequence[Any], referred: Mapping[str, ItemDict]) -> list[ItemDict]:
+    """A request's input -> its items as they are kept and told, each with an id. referred: those of `references`."""
     if isinstance(given, str):
         return [_message("user", [{"type": "input_text", "text": given}])] if given else []
     items = []
-    for index, item in enumerate(given):
+    for item in given:
         if isinstance(item, ItemReference):
-            items.append(find(item.id, f"input[{index}].id"))
+            items.append(referred[item.id])
         elif isinstance(item, InputMessage):
             items.append(_message(item.role, _parts(item), item.id, item.status))
         elif isinstance(item, FunctionCallItem | FunctionCallOutput | ReasoningItem):

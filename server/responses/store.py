@@ -1,7 +1,8 @@
 """ResponseStore: responses that may be asked for again, for as long as there is room and they are not too old.
 
 In memory, and gone with the process. Bounded in number, bytes and age; the oldest go first. Each belongs to an owner
-(the API key's salt): for everybody else it does not exist. Knows responses as JSON objects; no HTTP.
+(the API key's salt): for everybody else it does not exist. Lives on the event loop, and is not for other threads. Knows
+responses as JSON objects; no HTTP.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,16 +86,23 @@ class ResponseStore:
             raise APIError(f"There is no response with the id '{response_id[:100]}'.", UNKNOWN_RESPONSE, param)
         return stored
 
-    def find_item(self, owner: str, item_id: str, param: str) -> ItemDict:
-        """An item that an answer of the owner's holds, the newest first. Raises APIError (404), which names `param`."""
+    def find_items(self, owner: str, wanted: Mapping[str, str]) -> dict[str, ItemDict]:
+        """wanted: ids of items that answers of the owner's hold, each with the field of the request that names it.
+        -> the items, of each the newest. Raises APIError (404), which names the field of one that there is not."""
         self._make_room()
+        found: dict[str, ItemDict] = {}
         for (held_by, _), stored in reversed(self._stored.items()):
+            if len(found) == len(wanted):
+                break
             if held_by == owner:
-                items: list[ItemDict] = [*stored.body["output"], *stored.input]
-                for item in items:
-                    if item.get("id") == item_id:
-                        return item
-        raise APIError(f"There is no item with the id '{item_id[:100]}'.", UNKNOWN_RESPONSE, param)
+                for item in (*stored.body["output"], *stored.input):
+                    name = item.get("id")
+                    if name in wanted:
+                        found.setdefault(name, item)
+        for item_id, param in wanted.items():
+            if item_id not in found:
+                raise APIError(f"There is no item with the id '{item_id[:100]}'.", UNKNOWN_RESPONSE, param)
+        return found
 
     def delete(self, owner: str, response_id: str) -> None:
         """Raises APIError (404)."""

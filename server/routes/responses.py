@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request as HTTPRequest
@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from pronk.engine.errors import PronkError
 from pronk.engine.request import Grammar, SamplingParams
-from pronk.server.answering import GenerationResponse, check_grammar, read_request
+from pronk.server.answering import INLINE_BYTES, GenerationResponse, apart, check_grammar, read_request
 from pronk.server.chat.tools import ToolCalls
 from pronk.server.errors import INTERNAL_MESSAGE, INVALID_VALUE, APIError
 from pronk.server.generation import Generation, Prompt
@@ -24,7 +24,7 @@ from pronk.server.protocol.common import parse, refuse, schema_of
 from pronk.server.protocol.responses import PromptFields, ResponseRequest
 from pronk.server.record import RequestRecord
 from pronk.server.responses import events
-from pronk.server.responses.items import ItemDict, input_items, messages_of, new_id
+from pronk.server.responses.items import ItemDict, input_items, messages_of, new_id, references
 from pronk.server.responses.store import ResponseStore, Stored
 from pronk.server.routes.models import unknown_model
 from pronk.server.service import ServedModel, Service
@@ -36,6 +36,18 @@ router = APIRouter()
 NAMES = {"max_tokens": "max_output_tokens", "prompt": "input", "messages": "input", "structured_outputs": "text.format"}
 """The engine's names of fields -> those of this API."""
 MAX_PAGE = 100
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the store holds of what a request speaks of."""
+
+    before: list[ItemDict]
+    """The conversation that it goes on with."""
+    referred: dict[str, ItemDict]
+    """Items that its input names, by their ids."""
+    is_long: bool
+    """Whether to read it may take long."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,9 @@ class Read:
     grammar: Grammar | None
     """Of any answer."""
     prompt: list[int]
+
+
+Asked = TypeVar("Asked", bound=PromptFields)
 
 
 def _body(kind: type[PromptFields]) -> dict[str, Any]:
@@ -71,7 +86,8 @@ async def create_response(request: HTTPRequest) -> Response:
     service: Service = request.app.state.service
     record: RequestRecord = request.state.record
     model = service.require()
-    asked, read, params = await read_request(request, lambda body: _read(body, request, model))
+    asked, read = await _read(ResponseRequest, request, model)
+    params = asked.sampling_params(model.defaults, read.grammar)
     await check_grammar(model, read.grammar, NAMES["structured_outputs"])
     model = service.admit()
     if asked.background:  # its own record: this HTTP request ends before the work does
@@ -141,11 +157,7 @@ async def count_input_tokens(request: HTTPRequest) -> Response:
     """How many tokens the prompt would have; nothing is generated."""
     service: Service = request.app.state.service
     model = service.require()
-
-    def read(body: bytes) -> Read:
-        return _understand(parse(PromptFields, body), request, model, longest=None)
-
-    counted = await read_request(request, read)
+    _, counted = await _read(PromptFields, request, model)
     return _json({"object": "response.input_tokens", "input_tokens": len(counted.prompt)})
 
 
@@ -236,42 +248,59 @@ def _stored(request: HTTPRequest, response_id: str) -> Stored:
     return store.get(request.state.cache_salt, response_id)
 
 
-def _read(body: bytes, request: HTTPRequest, model: ServedModel) -> tuple[ResponseRequest, Read, SamplingParams]:
-    """JSON -> the checked request, and what the engine is told. Raises APIError and InvalidParameterError."""
-    asked = parse(ResponseRequest, body)
-    room = 1 if asked.max_output_tokens is None else asked.max_output_tokens
-    read = _understand(asked, request, model, longest=model.engine.info.max_model_len - room)
-    return asked, read, asked.sampling_params(model.defaults, read.grammar)
-
-
-def _understand(asked: PromptFields, request: HTTPRequest, model: ServedModel, *, longest: int | None) -> Read:
-    """longest: tokens that a prompt may have, where the oldest messages are to be left out; None: any number."""
+async def _read(kind: type[Asked], request: HTTPRequest, model: ServedModel) -> tuple[Asked, Read]:
+    """-> the checked request, and what follows from it. Raises APIError and InvalidParameterError."""
     service: Service = request.app.state.service
-    if asked.model not in service.names:
-        raise unknown_model(asked.model, service)
-    tools, form = asked.tool_calls(), asked.text_grammar()
-    store: ResponseStore = request.app.state.responses
-    owner: str = request.state.cache_salt
-    previous = asked.previous_response_id
-    before = [] if previous is None else store.get(owner, previous, "previous_response_id").conversation
-    given = input_items(asked.input, lambda item_id, param: store.find_item(owner, item_id, param))
-    instructions = [] if asked.instructions is None else [{"role": "system", "content": asked.instructions}]
-    messages = messages_of([*before, *given])
+    record: RequestRecord = request.state.record
+
+    def check(body: bytes) -> tuple[Asked, ToolCalls | None, Grammar | None, bool]:
+        asked = parse(kind, body)
+        if asked.model not in service.names:
+            raise unknown_model(asked.model, service)
+        return asked, asked.tool_calls(), asked.text_grammar(), len(body) > INLINE_BYTES
+
+    asked, tools, form, is_long = await read_request(request, check)
+    # Here and not in a thread: the store changes on the event loop.
+    found = _find(asked, request.app.state.responses, request.state.cache_salt)
+
+    def understand() -> Read:
+        given = input_items(asked.input, found.referred)
+        start = time.perf_counter()
+        prompt = _prompt(asked, messages_of([*found.before, *given]), tools, model)
+        record.render_seconds = time.perf_counter() - start
+        grammar = form if tools is None else tools.grammar(form)
+        return Read(given, found.before, tools, form, grammar, prompt)
+
+    return asked, await apart(understand, is_long=is_long or found.is_long)
+
+
+def _find(asked: PromptFields, store: ResponseStore, owner: str) -> Found:
+    """Raises APIError (404) that names the field."""
+    name = asked.previous_response_id
+    previous = None if name is None else store.get(owner, name, "previous_response_id")
+    before = [] if previous is None else previous.conversation
+    referred = store.find_items(owner, references(asked.input))
+    return Found(before, referred, bool(referred) or (previous is not None and previous.size > INLINE_BYTES))
+
+
+def _prompt(
+    asked: PromptFields, messages: Sequence[Mapping[str, Any]], tools: ToolCalls | None, model: ServedModel
+) -> list[int]:
+    """messages: of the conversation, without the instructions. -> the prompt's token ids. Raises APIError
+    and InvalidParameterError."""
     if not messages:
         raise APIError("There is nothing to answer: send input, or previous_response_id.", INVALID_VALUE, "input")
+    instructions = [] if asked.instructions is None else [{"role": "system", "content": asked.instructions}]
 
     def render(first: int) -> list[int]:
         shown = [*instructions, *messages[first:]]
         return model.render(shown, **({} if tools is None else tools.render_args(shown)))
 
-    start = time.perf_counter()
     prompt = render(0)
-    if asked.truncation == "auto" and longest is not None and len(prompt) > longest:
+    longest = asked.longest_prompt(model.engine.info.max_model_len)
+    if longest is not None and len(prompt) > longest:
         prompt = render(_oldest_kept(messages, lambda first: len(render(first)) <= longest))
-    record: RequestRecord = request.state.record
-    record.render_seconds = time.perf_counter() - start
-    grammar = form if tools is None else tools.grammar(form)
-    return Read(given, before, tools, form, grammar, prompt)
+    return prompt
 
 
 def _oldest_kept(messages: Sequence[Mapping[str, Any]], fits: Callable[[int], bool]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import openai
@@ -13,6 +14,8 @@ from openai.types import responses as types
 from pydantic import BaseModel, TypeAdapter
 
 from pronk.engine.request import Output, Request
+from pronk.server.chat.template import ChatTemplate
+from pronk.server.errors import APIError
 from pronk.server.responses.store import ResponseStore, Stored
 
 from .conftest import Connect
@@ -363,6 +366,41 @@ async def test_a_response_belongs_to_its_key(connect: Connect) -> None:
     assert (await client.call("GET", path, headers={"authorization": "Bearer one"})).status == 404
 
 
+async def test_the_store_is_left_to_the_event_loop_which_makes_no_long_prompt(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: set[int] = set()
+    rendered: list[bool] = []
+    loop = threading.get_ident()
+
+    class Watched(ResponseStore):
+        def __getattribute__(self, name: str) -> Any:
+            looked.add(threading.get_ident())
+            return super().__getattribute__(name)
+
+    render = ChatTemplate.render
+
+    def watched_render(*args: Any, **options: Any) -> list[int]:
+        rendered.append(threading.get_ident() == loop)
+        return render(*args, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", watched_render)
+    client = connect(FakeEngine(max_model_len=1_000_000))
+    client.app.state.responses = Watched(max_responses=10, max_bytes=10**6, max_age_seconds=60)
+    short = (await post(client)).json
+    long = (await post(client, input="a" * 20_000, max_output_tokens=1)).json
+    assert rendered == [True, False]
+    for fields in (
+        {"previous_response_id": short["id"], "input": "more"},
+        {"previous_response_id": long["id"], "input": "more"},
+        {"input": [{"type": "item_reference", "id": long["output"][0]["id"]}]},
+        {"user": "u" * 20_000, "previous_response_id": short["id"]},
+    ):
+        assert (await post(client, **fields, max_output_tokens=1)).status == 200
+    assert rendered[2:] == [True, False, False, False]
+    assert looked == {loop}
+
+
 async def test_what_is_not_to_be_stored_is_not(connect: Connect) -> None:
     client = connect()
     made = (await post(client, store=False)).json
@@ -408,10 +446,12 @@ class TestStore:
         store.put("owner", self.stored("old"))
         now = 59.0
         store.put("owner", self.stored("new"))
-        assert store.find_item("owner", "item of old", "p")["id"] == "item of old"
+        wanted = {"item of old": "input[3].id"}
+        assert store.find_items("owner", wanted)["item of old"]["id"] == "item of old"
         now = 61.0
-        with pytest.raises(Exception, match="no item"):
-            store.find_item("owner", "item of old", "p")
+        with pytest.raises(APIError, match="no item") as refused:
+            store.find_items("owner", wanted)
+        assert refused.value.param == "input[3].id"
         assert store.get("owner", "new").body["id"] == "new"
 
     def test_the_same_id_is_kept_once(self) -> None:
