@@ -155,6 +155,7 @@ class ReasoningItem(Body):
 
     model_config = ConfigDict(extra="allow")
     type: Literal["reasoning"]
+    id: str | None = Field(None, description="Of the item.")
 
 
 class ItemReference(Body):

@@ -236,6 +236,7 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, 400, "input[0].content[0]"),
     ({"input": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]}, 400, "input[0].content[0]"),
     ({"input": [{"type": "item_reference", "id": "msg_0"}]}, 404, "input[0].id"),
+    ({"input": [{"type": "reasoning", "id": ["rs_0"]}]}, 400, "input[0].id"),
     ({"previous_response_id": "resp_0"}, 404, "previous_response_id"),
     ({"conversation": "conv_0"}, 400, "conversation"),
     ({"prompt": {"id": "p"}}, 400, "prompt"),
