@@ -66,6 +66,7 @@ Seed = Annotated[int, told("integer", format="int64")]
 _STOP_RULES = {"minLength": 1, "maxLength": MAX_STOP_LENGTH}
 StopText = Annotated[str, told("string", **_STOP_RULES)]
 StopTexts = Annotated[Strings, told("array", items={"type": "string", **_STOP_RULES}, maxItems=MAX_STOP)]
+StopTokenIds = Annotated[TokenIds, told("array", items={"type": "integer", "minimum": 0})]
 SomeTokenIds = Annotated[TokenIds, told("array", items={"type": "integer", "minimum": 0}, minItems=1)]
 
 
@@ -102,7 +103,7 @@ class SamplingFields(Body):
         None, description="No end before the answer has this many tokens."
     )
     ignore_eos: bool = Field(False, description="Go on after the model's own end.")
-    stop_token_ids: TokenIds | None = Field(None, description="Further tokens that end the answer.")
+    stop_token_ids: StopTokenIds | None = Field(None, description="Further tokens that end the answer.")
     include_stop_str_in_output: bool = Field(False, description="Keep the stop text in the answer.")
     skip_special_tokens: bool = Field(True, description="Leave special tokens out of the answer's text.")
     allowed_token_ids: SomeTokenIds | None = Field(None, description="Choose among these tokens only.")
@@ -150,6 +151,9 @@ class SamplingFields(Body):
         truncate = self.truncate_prompt_tokens
         if truncate is not None and (truncate < -1 or truncate == 0):
             raise APIError("truncate_prompt_tokens must be at least 1, or -1.", INVALID_VALUE, "truncate_prompt_tokens")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            if min(getattr(self, name) or (0,)) < 0:
+                raise APIError(f"{name} must not be negative.", INVALID_VALUE, name)
         if self.allowed_token_ids == []:
             raise APIError("allowed_token_ids must allow at least one token.", INVALID_VALUE, "allowed_token_ids")
         if self.priority is not None and not -(2**31) <= self.priority < 2**31:

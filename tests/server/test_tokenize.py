@@ -139,6 +139,8 @@ FAULTS: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("/detokenize", {"tokens": [10**30]}, 400, "tokens"),
     ("/v1/chat/completions/render", {"messages": [USER]}, 400, "model"),
     ("/v1/completions/render", {"model": "tiny", "prompt": []}, 400, "prompt"),
+    ("/v1/completions/render", {"model": "tiny", "allowed_token_ids": [-1]}, 400, "allowed_token_ids"),
+    ("/v1/completions/render", {"model": "tiny", "stop_token_ids": [1, -1]}, 400, "stop_token_ids"),
     ("/v1/completions/render", {"model": "tiny", "prompt": [512]}, 400, "prompt"),
     ("/v1/completions/render", {"model": "tiny", "prompt": [[1], [-1]]}, 400, "prompt"),
 ]  # fmt: skip
