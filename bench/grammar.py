@@ -1,20 +1,25 @@
 """Structured outputs: does every schema of the corpus hold, and what do they cost?
 
-    python bench/grammar.py --table docs/schemas.md     what is enforced and what is refused, with 500 completions each
-    python bench/grammar.py --costs [--model FOLDER]    start-up, compilation and masks for a model's vocabulary
+    python bench/grammar.py --record bench/results/schemas.json   what is enforced and what is refused
+    python bench/grammar.py --costs [--model FOLDER]              start-up, compilation and masks for a model's vocabulary
 
-The corpus is tests/engine/schemas. A completion is drawn by chance from the masks, so the grammar alone decides; its
-budget is the shortest completion's length and up to 80 tokens more.
+The corpus is tests/engine/schemas. Of each schema that is not refused, 500 completions are drawn by chance from the
+masks, so the grammar alone decides. A fourth have the budget of the shortest completion and up to 3 tokens more, the
+others up to 80 more, one in eight up to 400 more. Each has to be strict JSON, and of the schema by the `jsonschema`
+package. What --record writes is read by docs/generate.py, for docs/structured-outputs.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import random
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,67 +36,74 @@ from pronk.engine.tokenizer import Vocabulary, load_vocabulary  # noqa: E402
 
 CRIA = ROOT / "engine" / "cria"
 END = "<|eot_id|>"
-HEAD = """# Which JSON schemas are enforced
-
-Written by `python bench/grammar.py --table docs/schemas.md`; the schemas are in `tests/engine/schemas`.
-
-Of {total} schemas {enforced} are enforced: {runs} completions of each, drawn by chance under the grammar with random
-budgets, were all valid JSON of the schema by the `jsonschema` package. The other {refused} are refused with a message
-that says what is at fault.
-
-| schema | | |
-|---|---|---|
-"""
+Row = dict[str, str]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, help="write the table there")
+    parser.add_argument("--record", type=Path, help="write what came out there, unless a schema failed")
     parser.add_argument("--costs", action="store_true", help="measure times")
     parser.add_argument("--model", type=Path, default=CRIA, help="folder with a tokenizer")
     parser.add_argument("--runs", type=int, default=500, help="completions of each schema")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--only", default="", help="schemas whose name holds this")
     arguments = parser.parse_args()
-    vocabulary = load_vocabulary(arguments.model)
     if arguments.costs:
-        print_costs(vocabulary)
+        print_costs(load_vocabulary(arguments.model))
         return
-    schemas = {name: schema for name, schema in corpus.corpus().items() if arguments.only in name}
-    rows, failed = run_corpus(schemas, vocabulary, arguments.runs)
-    enforced = sum(verdict == "enforced" for _, verdict, _ in rows)
-    head = HEAD.format(total=len(rows), enforced=enforced, refused=len(rows) - enforced, runs=arguments.runs)
-    table = head + "".join(f"| {escaped(name)} | {verdict} | {escaped(note)} |\n" for name, verdict, note in rows)
-    if arguments.table and not failed:
-        arguments.table.write_text(table)
-    print(f"{len(rows)} schemas, {enforced} enforced, {failed} failed")
-    raise SystemExit(failed > 0)
+    names = [name for name in corpus.corpus() if arguments.only in name]
+    rows = run_corpus(names, arguments.model, arguments.runs, arguments.jobs)
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("enforced", "refused", "failed")}
+    print(f"{len(rows)} schemas:", ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    if arguments.record and not counts["failed"]:
+        record(arguments.record, rows, arguments.runs)
+    raise SystemExit(counts["failed"] > 0)
 
 
-def escaped(text: str) -> str:
-    """For a cell of Markdown's."""
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+def record(path: Path, rows: list[Row], runs: int) -> None:
+    about = {
+        "command": f"python bench/grammar.py --record {path} --runs {runs}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {name: version(name) for name in ("llguidance", "jsonschema")},
+        "completions": runs,
+        "schemas": rows,
+    }
+    path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
 
 
-def run_corpus(schemas: dict[str, Any], vocabulary: Vocabulary, runs: int) -> tuple[list[tuple[str, str, str]], int]:
-    """-> (name, verdict, note) of each, and how many were not kept to."""
+def run_corpus(names: list[str], model: Path, runs: int, jobs: int) -> list[Row]:
+    """-> name, verdict and note of each, in order."""
+    parts = [names[start::jobs] for start in range(jobs)]
+    with ProcessPoolExecutor(jobs) as pool:
+        done = pool.map(run_schemas, parts, [model] * jobs, [runs] * jobs)
+        rows = {row["name"]: row for part in done for row in part}
+    return [rows[name] for name in names]
+
+
+def run_schemas(names: list[str], model: Path, runs: int) -> list[Row]:
+    vocabulary = load_vocabulary(model)
     compiler = GrammarCompiler(vocabulary, [vocabulary.special_tokens[END]])
-    rows: list[tuple[str, str, str]] = []
-    failed = 0
-    for name, schema in schemas.items():
-        grammar = Grammar("json", json.dumps(schema))
-        try:
-            compiler.check(grammar)
-        except InvalidParameterError as error:
-            rows.append((name, "refused", str(error)))
-            continue
-        matcher = compiler.compile(grammar)
-        fault = first_fault(matcher, vocabulary, schema, runs)
-        if fault:
-            failed += 1
-            print(f"FAILED {name}: {fault}", flush=True)
-        rows.append((name, "failed" if fault else "enforced", fault or f"shortest: {matcher.shortest} tokens"))
+    schemas = corpus.corpus()
+    rows = []
+    for name in names:
+        verdict, note = judge(compiler, vocabulary, schemas[name], runs)
+        if verdict == "failed":
+            print(f"FAILED {name}: {note}", flush=True)
+        rows.append({"name": name, "verdict": verdict, "note": note})
     compiler.close()
-    return rows, failed
+    return rows
+
+
+def judge(compiler: GrammarCompiler, vocabulary: Vocabulary, schema: Any, runs: int) -> tuple[str, str]:
+    """-> verdict and note."""
+    grammar = Grammar("json", json.dumps(schema))
+    try:
+        compiler.check(grammar)
+    except InvalidParameterError as error:
+        return "refused", str(error)
+    matcher = compiler.compile(grammar)
+    fault = first_fault(matcher, vocabulary, schema, runs)
+    return ("failed", fault) if fault else ("enforced", f"shortest: {matcher.shortest} tokens")
 
 
 def first_fault(matcher: Matcher, vocabulary: Vocabulary, schema: Any, runs: int) -> str | None:
@@ -101,7 +113,7 @@ def first_fault(matcher: Matcher, vocabulary: Vocabulary, schema: Any, runs: int
         return "no completion was found"
     for seed in range(runs):
         chance = random.Random(seed)
-        budget = max(1, shortest) + (chance.randrange(80) if seed % 4 else chance.randrange(4))
+        budget = max(1, shortest) + chance.randrange((4, 80, 80, 80, 4, 80, 80, 400)[seed % 8])
         try:
             completion = generation.generate(matcher, vocabulary, budget, chance)
         except InvalidParameterError as error:

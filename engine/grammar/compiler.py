@@ -6,6 +6,7 @@ The library's tokenizer is built once, when it is first needed. Knows no schedul
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from functools import cached_property
 
@@ -20,6 +21,7 @@ from pronk.engine.grammar.shortest import ByteTokenizer, first_completion, start
 from pronk.engine.request import Grammar
 from pronk.engine.tokenizer import SPLIT_PATTERN, Vocabulary
 
+_NUM_REMEMBERED = 16
 _FEW_ROWS = 8  # fewer are not worth the library's thread pool
 
 
@@ -37,6 +39,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size or vocabulary.size
         self._lock = threading.Lock()
         self._judges = Judges(vocabulary, self._eos_token_ids)
+        self._compiled: OrderedDict[Grammar, Matcher] = OrderedDict()
 
     def prepare(self) -> None:
         """Build now what `compile` needs once: 0.4 s for 128k tokens, during which Python's other threads stand."""
@@ -52,6 +55,10 @@ class GrammarCompiler:
         """
         self._judges.check(grammar)
 
+    def is_checked(self, grammar: Grammar) -> bool:
+        """Whether `check` accepted it lately, and would again at once. Raises what it raises for what is no text."""
+        return self._judges.knows(grammar)
+
     def close(self) -> None:
         """End those processes."""
         self._judges.close()
@@ -60,9 +67,19 @@ class GrammarCompiler:
         """-> a matcher at the text's beginning. Lets other threads run. For a grammar that was checked, or is the
         caller's own: one that was made to hurt could take minutes, or end the process.
 
+        The last few are remembered: the many choices of one request cost one compilation.
         Raises InvalidParameterError as `check` does, but for texts that are too long.
         """
-        return run_deep(lambda: self._compile(grammar), COMPILER_STACK)
+        with self._lock:
+            matcher = self._compiled.pop(grammar, None)
+        if matcher is None:
+            matcher = run_deep(lambda: self._compile(grammar), COMPILER_STACK)
+        twin = matcher.copy()
+        with self._lock:
+            self._compiled[grammar] = matcher
+            while len(self._compiled) > _NUM_REMEMBERED:
+                self._compiled.popitem(last=False)
+        return twin
 
     def _compile(self, grammar: Grammar) -> Matcher:
         notation = translate(grammar)

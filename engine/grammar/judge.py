@@ -33,11 +33,12 @@ from pronk.engine.grammar.shortest import ByteTokenizer, first_completion, start
 from pronk.engine.request import Grammar
 from pronk.engine.tokenizer import Vocabulary
 
-_SECONDS = 0.7
+_SECONDS = 0.5
 """Of processor time for one grammar: on an idle machine, its answer within a second."""
 _MEMORY = 2 << 30
 """Bytes of addresses."""
-_NUM_JUDGES = 2
+NUM_JUDGES = 2
+"""How many grammars are judged at once; more wait."""
 _NUM_REMEMBERED = 1024
 
 _Message = TypeVar("_Message")
@@ -65,24 +66,30 @@ class Judges:
         self._specials = Specials(dict(vocabulary.special_tokens), list(eos_token_ids))
         self._lock = threading.Lock()
         self._free: list[subprocess.Popen[bytes]] = []
-        self._places = threading.BoundedSemaphore(_NUM_JUDGES)
+        self._places = threading.BoundedSemaphore(NUM_JUDGES)
         self._accepted: OrderedDict[bytes, None] = OrderedDict()
         self._finalizer = weakref.finalize(self, _end_all, self._free)
 
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether it was accepted lately, so that `check` returns at once."""
+        require_text(grammar)
+        key = _key(grammar)
+        with self._lock:
+            known = key in self._accepted
+            if known:
+                self._accepted.move_to_end(key)
+        return known
+
     def check(self, grammar: Grammar) -> None:
         """Raises InvalidParameterError for a grammar that cannot be used."""
-        require_text(grammar)
-        key = hashlib.sha256(msgspec.msgpack.encode(grammar)).digest()
-        with self._lock:
-            if key in self._accepted:
-                self._accepted.move_to_end(key)
-                return
+        if self.knows(grammar):
+            return
         with self._places:
             refusal = self._ask(grammar)
         if refusal is not None:
             raise InvalidParameterError(refusal, PARAM)
         with self._lock:
-            self._accepted[key] = None
+            self._accepted[_key(grammar)] = None
             while len(self._accepted) > _NUM_REMEMBERED:
                 self._accepted.popitem(last=False)
 
@@ -141,6 +148,10 @@ class Judges:
         return judge
 
 
+def _key(grammar: Grammar) -> bytes:
+    return hashlib.sha256(msgspec.msgpack.encode(grammar)).digest()
+
+
 def _end_all(judges: list[subprocess.Popen[bytes]]) -> None:
     while judges:
         _end(judges.pop())
@@ -176,7 +187,7 @@ def judge(grammar: Grammar, in_bytes: ByteTokenizer) -> Verdict:
         notation = translate(grammar)
         state = start(in_bytes.tokenizer, notation.text)
         if first_completion(state, notation) is None:
-            return Verdict("No text was found that satisfies the grammar and is short enough.")
+            return Verdict("No text was found that satisfies the grammar and is short enough: it may have none.")
     except InvalidParameterError as error:
         return Verdict(str(error))
     except MemoryError:

@@ -29,10 +29,16 @@ Mask = NDArray[np.int32]
 # Near the end, that many of the likeliest tokens are looked at one by one: lower ids are of more frequent tokens.
 _MOST_REPLAYED = 128
 _MOST_SEARCHED = 8
+_LARGE_GRAMMAR = 1 << 18
+"""In a large grammar a byte costs more: fewer tokens are looked at. Those times the grammar's characters are fewer."""
 _MANY = 1 << 40
 _WORK = 2_000
+_WORK_OF_OTHERS = 500
+_LONGEST_PATIENCE = 64
 
 _MOST_DIGITS = 20
+_MOST_SIGNIFICANT = 15
+"""Of a number with a fraction: all that a double tells apart, so that no bound is met by rounding."""
 _MOST_EXPONENT = 2
 _LEADING_DIGITS = re.compile(rb"[0-9]*")
 _LONG_EXPONENT = re.compile(rb"[eE][+-]?[0-9]{%d}" % (_MOST_EXPONENT + 1))
@@ -53,7 +59,7 @@ class Tokens:
 
     def prepare(self) -> None:
         """Work out now what would be when it is first needed."""
-        _ = self.plain, self.whole, self.beginning_with_digits, self.with_long_exponent
+        _ = self.plain, self.whole, self.beginning_with_digits, self.beginning_with_point, self.with_long_exponent
 
     @cached_property
     def whole(self) -> Mask:
@@ -69,14 +75,18 @@ class Tokens:
     def beginning_with_digits(self) -> list[Mask]:
         """At n: tokens that begin with more than n digits."""
         counts = [len(match[0]) if (match := _LEADING_DIGITS.match(token)) else 0 for token in self.vocabulary.ranks]
-        return [self._where([count > least for count in counts]) for least in range(_MOST_EXPONENT + 1)]
+        return [self._where(np.array(counts) > least) for least in range(_MOST_SIGNIFICANT + 1)]
+
+    @cached_property
+    def beginning_with_point(self) -> Mask:
+        return self._where([token.startswith(b".") for token in self.vocabulary.ranks])
 
     @cached_property
     def with_long_exponent(self) -> Mask:
         """Tokens of an exponent too large for most who read JSON."""
         return self._where([bool(_LONG_EXPONENT.search(token)) for token in self.vocabulary.ranks])
 
-    def _where(self, chosen: Sequence[bool]) -> Mask:
+    def _where(self, chosen: Sequence[bool] | NDArray[np.bool_]) -> Mask:
         words = np.zeros(self.num_words * 4, np.uint8)
         bits = np.packbits(np.array(chosen, bool), bitorder="little")
         words[: len(bits)] = bits
@@ -144,7 +154,11 @@ class Matcher:
         self._hints = [list(hint.encode()) for hint in notation.hints]
         self._place = JSONPlace() if notation.has_json else None
         self._eos_token_ids = eos_token_ids
+        self._num_replayed = min(_MOST_REPLAYED, _LARGE_GRAMMAR // len(notation.text))
         self._ended = False
+        self._num_tokens = 0
+        self._search_from = 0
+        self._patience = 1
         self._free = False
         self._vouched: dict[int, Completion] = {}
         self._completion = self._as_completion(completion)
@@ -197,11 +211,16 @@ class Matcher:
         self._check()
         self._vouched = {}
         self._free = self._is_free(words)
-        if self._most + self._jump >= budget:
-            completion = self._known_completion(budget)
-            if completion is not None and completion.cost <= budget <= completion.cost + self._jump:
-                words = self._in_time(words, budget, completion)
-        return self._with_short_numbers(words) if self._place else words
+        short = self._with_short_numbers(words) if self._place else words
+        if self._most + self._jump < budget:
+            return short
+        completion = self._known_completion(budget)
+        if completion is None or not completion.cost <= budget <= completion.cost + self._jump:
+            return short
+        kept = self._in_time(short, budget, completion)
+        if kept is None and short is not words:
+            kept = self._in_time(words, budget, completion)
+        return short if kept is None else kept
 
     def accept(self, token: int) -> None:
         """Take the sampled token. Raises InvalidParameterError for one that the mask does not allow."""
@@ -210,6 +229,7 @@ class Matcher:
             return
         self._state.consume_token(token)
         self._check()
+        self._num_tokens += 1
         symbols = self._tokens.in_bytes.symbols(token)
         self._follow(token, symbols)
         self._unread += symbols
@@ -240,8 +260,9 @@ class Matcher:
         return bool(((words & plain) == plain).all())
 
     def _known_completion(self, budget: int) -> Completion | None:
-        """The shortest completion that is known, looked for where none is, and well where it takes more than budget."""
-        if self._completion is None:
+        """The shortest completion that is known, looked for where none is, and well where it takes more than budget.
+        Where even so it does, it is looked for less and less often: there was no time for the text from the start."""
+        if self._completion is None and self._num_tokens >= self._search_from:
             symbols = closing(self._read(), self._place, self._hints, Work(_WORK), _WORK)
             self._completion = self._as_completion(symbols)
             if self._completion is None or self._completion.cost > budget:
@@ -249,6 +270,9 @@ class Matcher:
                 self._completion = self._as_completion(symbols)
             if self._completion:
                 self._most = self._completion.cost
+            if self._completion is None or self._completion.cost > budget:
+                self._search_from = self._num_tokens + self._patience
+                self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
         return self._completion
 
     def _as_completion(self, symbols: list[int] | None) -> Completion | None:
@@ -259,29 +283,29 @@ class Matcher:
         self._unread = []
         return self._byte_state
 
-    def _in_time(self, words: Mask, budget: int, completion: Completion) -> Mask:
+    def _in_time(self, words: Mask, budget: int, completion: Completion) -> Mask | None:
         """Of the tokens in words, those after which the text can be completed in time: not all that there are, but the
-        likeliest of them, and all with which the shortest completion that is known begins."""
+        likeliest of them, and all with which the shortest completion that is known begins. None: none was found."""
         left = budget - 1
         kept = np.zeros_like(words)
         for token in self._eos_token_ids:
             _set(kept, token, _bit(words, token))
         for token, rest in self._beginnings(completion):
-            if rest.cost <= left:
+            if rest.cost <= left and _bit(words, token):
                 self._vouched[token] = rest
         if self._free and not self._string_jump and completion.cost <= left:
             kept |= self._tokens.plain
         for token in self._vouched:
-            _set(kept, token, _bit(words, token))
-        others = _lowest(words & ~kept & self._tokens.whole, _MOST_REPLAYED)
+            _set(kept, token, True)
+        others = _lowest(words & ~kept & self._tokens.whole, self._num_replayed)
         if completion.cost <= left:
             others = self._without_replayed(others, completion)
         self._search(others, left)
         if not self._vouched and not kept.any():
             self._search(_lowest(words, _MOST_SEARCHED), left)
         for token in self._vouched:
-            _set(kept, token, _bit(words, token))
-        return kept if kept.any() else words
+            _set(kept, token, True)
+        return kept if kept.any() else None
 
     def _beginnings(self, completion: Completion) -> list[tuple[int, Completion]]:
         """The tokens with which it may begin, each with the rest of it."""
@@ -307,7 +331,7 @@ class Matcher:
 
     def _search(self, tokens: list[int], left: int) -> None:
         """Vouch for tokens after which a completion is found that takes at most `left` tokens."""
-        work = Work(_WORK)
+        work = Work(_WORK_OF_OTHERS)
         state = self._read()
         for token in tokens[:_MOST_SEARCHED]:
             child, place = state.deep_copy(), self._place.copy() if self._place else None
@@ -322,20 +346,30 @@ class Matcher:
 
     def _with_short_numbers(self, words: Mask) -> Mask:
         """JSON's numbers have no largest: a model that repeats a digit for ever is stopped, unless it has no choice."""
-        place = self._place
-        if place is None or place.in_string:
-            return words
-        tokens = self._tokens
-        if place.in_exponent:
-            refused = tokens.beginning_with_digits[max(0, _MOST_EXPONENT - place.digits)]
-        elif place.digits >= _MOST_DIGITS:
-            refused = tokens.beginning_with_digits[0]
-        elif place.digits:
-            refused = tokens.with_long_exponent
-        else:
+        refused = self._too_long_numbers()
+        if refused is None:
             return words
         kept = words & ~refused
         return kept if kept.any() else words
+
+    def _too_long_numbers(self) -> Mask | None:
+        """Tokens that would make one of the number that the text ends with."""
+        place, tokens = self._place, self._tokens
+        if place is None or place.in_string:
+            return None
+        if place.in_exponent:
+            return tokens.beginning_with_digits[max(0, _MOST_EXPONENT - place.digits)]
+        if not place.mantissa:
+            return None
+        if place.in_fraction:
+            left = max(0, _MOST_SIGNIFICANT - place.mantissa)
+            return tokens.with_long_exponent | tokens.beginning_with_digits[left]
+        refused = tokens.with_long_exponent
+        if place.mantissa >= _MOST_SIGNIFICANT:
+            refused = refused | tokens.beginning_with_point
+        if place.mantissa >= _MOST_DIGITS:
+            refused = refused | tokens.beginning_with_digits[0]
+        return refused
 
 
 def _bit(words: Mask, token: int) -> bool:

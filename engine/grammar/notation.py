@@ -18,7 +18,9 @@ from pronk.engine.grammar.schema import PARAM, read_schema
 from pronk.engine.request import Grammar
 
 MAX_BYTES = 1 << 16
-"""Of a regular expression or a grammar; a JSON schema has a limit of its own."""
+"""Of a regular expression, of choices, or of a grammar without the JSON schemas in it."""
+MAX_BYTES_WITH_SCHEMAS = 1 << 19
+"""Of a grammar; each JSON schema in it has a limit of its own."""
 MAX_CHOICES = 4_096
 
 # At most one space, and only after a comma or a colon, as models write it.
@@ -53,8 +55,9 @@ class Notation:
 def translate(grammar: Grammar) -> Notation:
     """Raises InvalidParameterError for what is not enforced, or wrong in a way that shows at once."""
     require_text(grammar)
-    if grammar.kind != "json" and len(grammar.text.encode()) > MAX_BYTES:
-        raise _refusal(f"The {grammar.kind} has more than {MAX_BYTES} bytes; send a smaller one.")
+    most = MAX_BYTES_WITH_SCHEMAS if grammar.kind == "lark" else MAX_BYTES
+    if grammar.kind != "json":
+        _require_size("grammar" if grammar.kind == "lark" else grammar.kind, grammar.text, most)
     match grammar.kind:
         case "json":
             return _of_schema(grammar.text)
@@ -67,6 +70,11 @@ def translate(grammar: Grammar) -> Notation:
             return _of_lark(grammar.text)
         case "gbnf":
             return _of_gbnf(grammar.text)
+
+
+def _require_size(what: str, text: str, most: int) -> None:
+    if len(text.encode()) > most:
+        raise _refusal(f"The {what} has more than {most} bytes; send a smaller one.")
 
 
 def require_text(grammar: Grammar) -> None:
@@ -111,7 +119,8 @@ def _of_choices(text: str) -> Notation:
         longest = max(len(choice.encode()) for choice in choices)
     except UnicodeEncodeError:
         raise _refusal("choice holds a lone surrogate, which is no text.") from None
-    lark = "start: " + " | ".join(_literal(choice) for choice in dict.fromkeys(choices))
+    # One terminal: as alternatives of a rule, more than 2000 would be too many for the library at once.
+    lark = "start: CHOICE\nCHOICE: " + " | ".join(_literal(choice) for choice in dict.fromkeys(choices))
     return Notation(_library(lark), longest)
 
 
@@ -120,10 +129,6 @@ def _literal(text: str) -> str:
 
 
 def _of_lark(text: str) -> Notation:
-    if match := _REFUSED_OPTION.search(text):
-        raise _refusal(f"The option {match[1]} of a rule is not supported.")
-    if _TOKEN_NUMBERS.search(text):
-        raise _refusal("Tokens by number are not supported; write a special token by its name.")
     parts: list[str] = []
     jump = 0
     place = 0
@@ -135,6 +140,11 @@ def _of_lark(text: str) -> Notation:
         place = end
     parts.append(text[place:])
     rules = "".join(parts[::3])
+    _require_size("grammar, without its JSON schemas,", rules, MAX_BYTES)
+    if option := _REFUSED_OPTION.search(rules):
+        raise _refusal(f"The option {option[1]} of a rule is not supported.")
+    if _TOKEN_NUMBERS.search(rules):
+        raise _refusal("Tokens by number are not supported; write a special token by its name.")
     translated = _library("".join(parts))
     hints = (*_OF_FORMATS, *regex.literals(rules))
     return Notation(translated, jump + regex.shortest_at_most(rules), hints, has_json=len(parts) > 1)

@@ -6,13 +6,15 @@ from collections.abc import Iterable
 
 QUOTE, BACKSLASH, COMMA, COLON = b'"\\,:'
 OPEN_OBJECT, CLOSE_OBJECT, OPEN_ARRAY, CLOSE_ARRAY = b"{}[]"
-_ZERO, _NINE, _PLUS, _MINUS, _SMALL_E, _LARGE_E, _SMALL_U = b"09+-eEu"
+_ZERO, _NINE, _PLUS, _MINUS, _POINT, _SMALL_E, _LARGE_E, _SMALL_U = b"09+-.eEu"
 
 
 class JSONPlace:
     """Fed bytes; says what they leave open."""
 
-    __slots__ = ("_escape", "_expects_name", "_open", "digits", "in_exponent", "in_name", "in_string")
+    __slots__ = (
+        "_escape", "_expects_name", "_open", "digits", "in_exponent", "in_fraction", "in_name", "in_string", "mantissa"
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.in_string = False
@@ -20,6 +22,9 @@ class JSONPlace:
         """Of the string that is open or was last: whether it is a property's name."""
         self.digits = 0
         """How many digits the text ends with, outside of strings."""
+        self.mantissa = 0
+        """How many digits the number has that the text ends with, those of its exponent not counted."""
+        self.in_fraction = False
         self.in_exponent = False
         self._escape = 0  # characters of an escape sequence that are missing
         self._expects_name = False
@@ -34,7 +39,8 @@ class JSONPlace:
         """Another one at the same place."""
         twin = JSONPlace.__new__(JSONPlace)
         twin.in_string, twin.in_name, twin.digits = self.in_string, self.in_name, self.digits
-        twin.in_exponent, twin._escape, twin._expects_name = self.in_exponent, self._escape, self._expects_name
+        twin.mantissa, twin.in_fraction, twin.in_exponent = self.mantissa, self.in_fraction, self.in_exponent
+        twin._escape, twin._expects_name = self._escape, self._expects_name
         twin._open = self._open.copy()
         return twin
 
@@ -57,9 +63,13 @@ class JSONPlace:
     def _feed_structure(self, byte: int) -> None:
         if _ZERO <= byte <= _NINE:
             self.digits += 1
+            self.mantissa += not self.in_exponent
             return
-        self.in_exponent = byte in (_SMALL_E, _LARGE_E) or (self.in_exponent and byte in (_PLUS, _MINUS))
         self.digits = 0
+        self.in_fraction = byte == _POINT
+        self.in_exponent = byte in (_SMALL_E, _LARGE_E) or (self.in_exponent and byte in (_PLUS, _MINUS))
+        if not (self.in_fraction or self.in_exponent):
+            self.mantissa = 0
         if byte == QUOTE:
             self.in_string = True
             self.in_name = self._expects_name

@@ -25,7 +25,8 @@ NUM_BYTES = 256
 _LONGEST_TOKEN = 16  # bytes; longer ones, of white space above all, are not worth the time
 _FEW = 32
 _LISTING = re.compile(r"\s*\d+ \| |<non-verbose/>")
-_PHRASES = ("at 1(8): ", "failed to compile JSON schema: ", " (in regex)")
+_PHRASES = ("at 1(8): ", "Parser Error: ", "failed to compile JSON schema: ", " (in regex)")
+_NOTHING = "NoExtension"  # the library's word for a grammar without any text
 _LONGEST_TEXT = 1 << 18
 _STEPS_TO_ANY = 50_000
 _STEPS_TO_SHORTEST = 8_000
@@ -47,6 +48,8 @@ class Work:
 
     def __init__(self, steps: int) -> None:
         self._left = steps
+        self.error = ""
+        """The library's, when it gave up on the way."""
 
     def take(self) -> bool:
         """Take a step. -> whether there was one."""
@@ -129,8 +132,12 @@ def start(tokenizer: llguidance.LLTokenizer, text: str) -> llguidance.LLMatcher:
     limits = llguidance.LLParserLimits(verbose_errors=False)
     state = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if state.is_error():
-        raise InvalidParameterError(f"The grammar cannot be used: {_reason(state.get_error())}.", PARAM)
+        raise _unusable(state.get_error())
     return state
+
+
+def _unusable(message: str) -> InvalidParameterError:
+    return InvalidParameterError(f"The grammar cannot be used: {_reason(message)}.", PARAM)
 
 
 def _reason(message: str) -> str:
@@ -143,11 +150,26 @@ def _reason(message: str) -> str:
 
 
 def first_completion(state: llguidance.LLMatcher, notation: Notation) -> list[int] | None:
-    """The shortest text that is found at the beginning; None when none is. The same work wherever it is done."""
+    """The shortest text that is found at the beginning; None when none is. The same work wherever it is done.
+
+    Raises InvalidParameterError when the grammar is too much for the library as soon as a text begins.
+    """
+    _require_beginning(state)
     place = JSONPlace() if notation.has_json else None
     hints = [list(hint.encode()) for hint in notation.hints]
-    found = closing(state, place, hints, Work(_STEPS_TO_ANY), _LONGEST_TEXT)
-    return shortest(state, place, hints, Work(_STEPS_TO_SHORTEST), found)
+    work = Work(_STEPS_TO_ANY)
+    found = closing(state, place, hints, work, _LONGEST_TEXT)
+    found = shortest(state, place, hints, Work(_STEPS_TO_SHORTEST), found)
+    if found is None and work.error and not work.error.startswith(_NOTHING):
+        raise _unusable(work.error)
+    return found
+
+
+def _require_beginning(state: llguidance.LLMatcher) -> None:
+    for symbol in _symbols(state.compute_bitmask())[:_FEW]:
+        child = state.deep_copy()
+        if symbol < NUM_BYTES and not child.consume_token(symbol) and child.is_error():
+            raise _unusable(child.get_error())
 
 
 def shortest(
@@ -227,9 +249,10 @@ def closing(
         mask = state.compute_bitmask()
         symbols = _symbols(mask)
         if not symbols or len(done) >= limit or not work.take():
+            work.error = state.get_error()
             return None
         following = [symbols[0]]
-        if len(symbols) == 1:
+        if len(symbols) == 1 and symbols[0] < NUM_BYTES:
             following = list(state.compute_ff_bytes()) or following
         elif (at_once := _at_once(mask, place)) is not None:
             seen.clear()
@@ -241,6 +264,7 @@ def closing(
             seen[mask] = visit + 1
             following = _nth_way(state, symbols, hints, visit)
         if not state.consume_tokens(following):
+            work.error = state.get_error()
             return None
         if place:
             place.feed(following)

@@ -138,6 +138,14 @@ def test_masks_filled_together_are_those_filled_one_by_one(count: int) -> None:
     np.testing.assert_array_equal(COMPILER.fill(matchers, budgets), np.stack(alone))
 
 
+def test_a_grammar_that_is_remembered_begins_anew() -> None:
+    first = take(of_json(PERSON), '{"name": "Ada", "age": 1')
+    second = of_json(PERSON)
+    assert not second.complete
+    assert take(second, '{"name": "Grace", "age": 2}').done
+    assert take(first, "0}").done
+
+
 def test_masks_depend_on_the_tokens_alone() -> None:
     """And not on which masks were asked for: a preempted sequence is masked again."""
     tokens = TOKENIZER.encode('{"name": "Ada Lovelace", "age": 3')
@@ -157,6 +165,12 @@ def test_choices_are_exact() -> None:
     matcher = COMPILER.compile(Grammar("choice", json.dumps(choices)))
     assert all(accepts(matcher, choice) for choice in choices)
     assert not any(accepts(matcher, text) for text in ("ye", "yes ", "yes pleas", "no", "linebreak", " "))
+
+
+def test_many_choices() -> None:
+    matcher = COMPILER.compile(Grammar("choice", json.dumps([f"number {number}" for number in range(4000)])))
+    assert accepts(matcher, "number 3999")
+    assert not accepts(matcher, "number 4000")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +198,12 @@ def test_lark_holds_schemas_and_special_tokens() -> None:
     assert allowed(matcher.mask(MANY)) == [CRIA.special_tokens["<|eom_id|>"]]
     matcher.accept(CRIA.special_tokens["<|eom_id|>"])
     assert matcher.complete
+
+
+def test_a_schema_in_lark_may_speak_of_what_lark_may_not() -> None:
+    schema = {"type": "integer", "description": "x <[1]>\nx[max_tokens=3]: y", "examples": ["x" * 70_000]}
+    matcher = COMPILER.compile(Grammar("lark", f"start: %json {json.dumps(schema)}"))
+    assert accepts(matcher, "7")
 
 
 def test_gbnf_is_translated() -> None:
@@ -243,6 +263,21 @@ def test_an_exponent_stays_one_that_a_double_can_hold() -> None:
     matcher = of_json({"type": "number"})
     written = prefer(matcher, 400, lambda token: token in (b"e", b"E") or token.isdigit())
     assert float(written.text) < float("inf")
+
+
+@pytest.mark.parametrize("budget", range(2, 8))
+def test_an_exponent_stays_so_at_the_end_of_the_budget(budget: int) -> None:
+    written = prefer(take(of_json({"type": "array"}), "[42E"), budget, bytes.isdigit)
+    assert all(value < float("inf") for value in json.loads(b"[42E" + written.text))
+
+
+@pytest.mark.parametrize("bound", [3, 1000000, 0.3, 10**17])
+def test_no_fraction_comes_so_near_to_a_bound_that_a_double_is_the_bound(bound: float) -> None:
+    """A model that repeats the digit 9."""
+    schema = {"type": "number", "exclusiveMaximum": bound, "minimum": 0}
+    for budget in (10, 25, 400):
+        written = prefer(of_json(schema), budget, lambda token: token in (b".", b"9", b"99", b"999"))
+        assert float(written.text) < bound
 
 
 def test_a_string_of_many_digits_is_left_alone() -> None:

@@ -1,7 +1,7 @@
 """JSON schemas to hold structured outputs to: every keyword with the values that matter, and some that people write.
 
 `corpus()` gives them by name, `group/what`. Whether each is enforced or refused is not said here: it is found out, and
-kept in docs/schemas.md.
+kept in bench/results/schemas.json and told in docs/structured-outputs.md.
 """
 
 from __future__ import annotations
