@@ -28,6 +28,8 @@ from pronk.server.errors import RequestFailedError
 from pronk.server.record import RequestRecord
 from pronk.server.service import ServedModel
 
+END_OF_MESSAGE = "<|eom_id|>"
+
 
 class Scored(NamedTuple):
     """A token of an answer with its log probabilities."""
@@ -335,7 +337,7 @@ class Generation:
                 request = Request(
                     request_id=request_id if alone else f"{request_id}-{index}",
                     prompt=prompt.token_ids,
-                    params=params,
+                    params=self._ending_with_calls(params),
                     cache_salt=cache_salt,
                     priority=priority,
                 )
@@ -347,6 +349,15 @@ class Generation:
         self._timings: dict[int, Timing] = {}
         self._held_back: dict[int, float] = {}
         """Seconds that a completion waited for others of the same request before the engine had it."""
+
+    def _ending_with_calls(self, params: SamplingParams) -> SamplingParams:
+        """Llama ends a message of calls with a token of its own, which not every checkpoint counts among those that end
+        a turn."""
+        token = self._model.vocabulary.special_tokens.get(END_OF_MESSAGE)
+        calls = self._tools is not None and bool(self._tools.callable)
+        if token is None or not calls or params.ignore_eos or token in self._model.eos_token_ids:
+            return params
+        return msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, token))
 
     @property
     def num_completions(self) -> int:

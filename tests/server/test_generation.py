@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pronk.engine.errors import NonFiniteLogitsError
 from pronk.engine.request import Output, Request, SamplingParams, TokenLogprobs
-from pronk.server.chat.tools import Function, ToolCalls
+from pronk.server.chat.tools import Choice, Function, ToolCalls
 from pronk.server.errors import RequestFailedError
 from pronk.server.generation import Answer, Assembler, Delta, Generation, Joint, Pending, Prompt
 from pronk.server.record import RequestRecord
@@ -43,6 +43,40 @@ def by_seed(request: Request) -> list[Output]:
 async def test_each_completion_is_that_of_its_prompt_and_seed() -> None:
     answers = await several(FakeEngine(by_seed), [b"a", b"b"], 3).collect()
     assert [answer.text for answer in answers] == ["a0000", "a111", "a22", "b0000", "b111", "b22"]
+
+
+END_OF_MESSAGE = BYTES.special_tokens["<|eom_id|>"]
+FEED = ToolCalls((Function("feed"),))
+
+
+@pytest.mark.parametrize(
+    ("fields", "tools", "stops"),
+    [
+        ({}, FEED, (END_OF_MESSAGE,)),
+        ({"stop_token_ids": (7,)}, FEED, (7, END_OF_MESSAGE)),
+        ({"ignore_eos": True, "max_tokens": 9}, FEED, ()),
+        ({}, None, ()),
+        ({}, ToolCalls((Function("feed"),), Choice("none")), ()),
+    ],
+)
+async def test_where_calls_can_be_made_the_end_of_a_message_ends_the_answer(
+    fields: dict[str, Any], tools: ToolCalls | None, stops: tuple[int, ...]
+) -> None:
+    call = b'{"name": "feed", "parameters": {}}'
+    engine = FakeEngine(lambda request: outputs([*call, END_OF_MESSAGE]))
+    prompt = Prompt([1], [SamplingParams(**fields)])
+    generation = Generation([prompt], request_id="r", model=served(engine), record=RequestRecord("r"), tools=tools)
+    answer = (await generation.collect())[0]
+    assert engine.requests[0].params.stop_token_ids == stops
+    if tools is FEED and stops:
+        assert (answer.text, answer.finish_reason) == ("", "tool_calls")
+
+
+async def test_a_token_that_ends_a_turn_anyway_is_not_named_again() -> None:
+    engine = FakeEngine(eos_token_ids=(END_OF_TURN, END_OF_MESSAGE))
+    prompt = Prompt([1], [SamplingParams()])
+    await Generation([prompt], request_id="r", model=served(engine), record=RequestRecord("r"), tools=FEED).collect()
+    assert engine.requests[0].params.stop_token_ids == ()
 
 
 async def test_the_others_begin_when_the_first_has_computed_the_prompt() -> None:
