@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pronk.engine.errors import InvalidParameterError
 from pronk.engine.request import Grammar
-from pronk.server.chat.tool_schema import closed, moved, without_calls
+from pronk.server.chat.call_shapes import call_pattern, without_calls
+from pronk.server.chat.tool_schema import closed, moved
 
 if TYPE_CHECKING:
     from pronk.server.chat.tools import Choice, Function
@@ -29,6 +30,8 @@ _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separ
 _SPACE = "[ \\t\\n\\r]*"
 # Everything with which `{"name": "f"` begins, f being any name; where the text goes on differently it is only text.
 _BRACE = rf'\{{{_SPACE}("(n(a(m(e("{_SPACE}(:{_SPACE}("[a-zA-Z0-9_-]*)?)?)?)?)?)?)?)?'
+# A regular expression all of whose texts, as far as can be seen, begin with a brace.
+_BEGINS_WITH_BRACE = re.compile(r"(?:\^|\(\?:|\(|\\s[*+?]?|[ ])*(?:\\\{|\[\\?\{\])")
 
 
 def call_grammar(
@@ -42,12 +45,14 @@ def call_grammar(
 
     - A call is required: it, or several where that is allowed and none is named. Arguments follow their schemas, in
       which an object that names its properties has no others.
-    - The model chooses, and answers have a format: calls, or an answer of the format.
+    - The model chooses, and answers have a format: calls, or an answer of the format. Where a function is strict, an
+      answer of a regular expression does not begin with a brace.
     - The model chooses, and a function is strict: text, calls, or text and then calls. Text does not begin like a call
       of any form, and wherever a call of the taught form begins, it is one to its end.
 
     Where the model chooses, arguments of functions that are not strict are any object.
-    Raises InvalidParameterError for a format that no other text can stand beside.
+    Raises InvalidParameterError for a format that no other text can stand beside, and for one of which some answers
+    could be read as calls of a strict function.
     """
     if not functions:
         return response_format
@@ -56,12 +61,17 @@ def call_grammar(
         if choice.mode == "required":
             return _lark("start: calls", calls, _forced_calls(functions))
         if response_format is not None:
-            return _lark("start: calls | format", calls, _calls_as_json(functions), _format(response_format))
+            return _lark("start: calls | format", calls, _calls_as_json(functions), _format(response_format, functions))
         if any(function.strict for function in functions):
             return _lark("start: calls | FIRST (TEXT | BRACE)* calls?", calls, _calls_in_text(functions))
     except RecursionError:
         raise InvalidParameterError("A schema in tools is nested too deeply.", "tools") from None
     return None
+
+
+def arguments_grammar(function: Function) -> Grammar:
+    """Of one call's arguments alone."""
+    return Grammar("json", json.dumps(_arguments(function)))
 
 
 def _lark(*parts: str) -> Grammar:
@@ -117,19 +127,45 @@ def _chosen_arguments(function: Function) -> Mapping[str, Any]:
     return _arguments(function) if function.strict else ANY_OBJECT
 
 
-def _format(response_format: Grammar) -> str:
+def _format(response_format: Grammar, functions: Sequence[Function]) -> str:
+    strict = {function.name for function in functions if function.strict}
     match response_format.kind:
         case "json":
             schema = json.loads(response_format.text)
-            return f"format: {_json(without_calls(schema) if isinstance(schema, dict) else {'allOf': [schema]})}"
+            if not isinstance(schema, dict):
+                schema = {"allOf": [schema]} if schema is not True else {}
+            return f"format: {_json(_required(without_calls(schema, strict), strict))}"
         case "choice":
-            return "format: " + " | ".join(json.dumps(text) for text in json.loads(response_format.text))
+            choices: list[str] = json.loads(response_format.text)
+            calls = re.compile(call_pattern(strict)) if strict else None
+            if calls and any(calls.match(text) for text in choices):
+                raise _mistakable(strict)
+            return "format: " + " | ".join(json.dumps(text) for text in choices)
         case "regex":
-            return f"format: FORMAT\nFORMAT: /{_between_slashes(response_format.text)}/"
+            pattern = f"/{_between_slashes(response_format.text)}/"
+            if strict and _BEGINS_WITH_BRACE.match(response_format.text):
+                raise _mistakable(strict)
+            # Once a text is begun as one terminal it cannot go on as a call: here the first brace tells them apart.
+            return f"format: FORMAT\nFORMAT: {pattern}" + (f" & ~/{_SPACE}\\{{[\\s\\S]*/" if strict else "")
     raise InvalidParameterError(
         f"structured_outputs as a grammar ({response_format.kind}) cannot stand beside tools that may be called: leave "
         "the tools out, or use json, regex or choice.",
         "structured_outputs",
+    )
+
+
+def _required(schema: Mapping[str, Any] | None, strict: Collection[str]) -> Mapping[str, Any]:
+    if schema is None:
+        raise _mistakable(strict)
+    return schema
+
+
+def _mistakable(strict: Collection[str]) -> InvalidParameterError:
+    return InvalidParameterError(
+        f"An answer of the format asked for could read as a call of {' or '.join(sorted(strict)[:3])}, which is strict,"
+        " and not keep to its parameters: let the format's objects have no property 'parameters', or a property "
+        "'name' that is no function's, or leave strict out.",
+        "tools",
     )
 
 

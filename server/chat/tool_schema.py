@@ -24,7 +24,6 @@ _JOINING = {
     "unevaluatedProperties", "$dynamicRef",
 }  # fmt: skip
 _JOINING_BESIDE_PROPERTIES = {"$ref", "anyOf", "oneOf"}
-_SEVERAL = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 
 
 def moved(schema: Schema, place: str) -> dict[str, Any]:
@@ -66,19 +65,6 @@ def closed(schema: Schema) -> dict[str, Any]:
     looked_at: dict[str, Any] = _rewritten(schema, look)
     closed: dict[str, Any] = looked_at if joining else _rewritten(schema, close)
     return closed
-
-
-def without_calls(schema: Schema) -> dict[str, Any]:
-    """The schema of an answer beside which there are calls, {"name": ..., "parameters": ...}: an object that may have
-    any property may not have `parameters`. Without this a call that breaks its own schema would be an answer of this
-    one. What a schema names itself, it keeps."""
-    properties, required = schema.get("properties", {}), schema.get("required", [])
-    if not isinstance(properties, Mapping) or not isinstance(required, list):
-        return dict(schema)  # no schema; not for this to say
-    named = "parameters" in properties or "parameters" in required
-    if named or schema.get("additionalProperties") is False or not _SEVERAL.isdisjoint(schema):
-        return dict(schema)
-    return {**schema, "properties": {**properties, "parameters": False}}
 
 
 def _rewritten(schema: Any, change: Change) -> Any:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pronk.engine.request import Grammar
-from pronk.server.chat.tool_grammar import call_grammar
+from pronk.server.chat.tool_grammar import arguments_grammar, call_grammar
 from pronk.server.chat.tool_parser import ToolParser
 
 Mode = Literal["none", "auto", "required"]
@@ -111,6 +111,15 @@ class ToolCalls:
         functions it is returned as it is.
         """
         return call_grammar(self.callable, self.choice, parallel=self.parallel, response_format=response_format)
+
+    def bound_arguments(self) -> list[tuple[int, Grammar]]:
+        """-> the arguments that `grammar` holds to their schemas, each as a grammar by itself, with its function's
+        place in the request: to find out which of them it is that cannot be enforced."""
+        return [
+            (place, arguments_grammar(function))
+            for place, function in enumerate(self.offered)
+            if function in self.callable and (function.strict or self.choice.mode == "required")
+        ]
 
     def parser(self, response_format: Grammar | None = None) -> ToolParser | None:
         """-> a new machine for one choice's text; None: the text is content, whatever it looks like.

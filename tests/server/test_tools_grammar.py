@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -267,18 +268,100 @@ def test_calls_or_the_format(functions: tuple[Function, ...]) -> None:
         ({}, True),
         ({"properties": {"name": {}}}, True),
         ({"additionalProperties": {"type": "object"}}, True),
-        ({"properties": {"name": {}, "parameters": {}}}, False),
-        ({"properties": {"name": {}}, "required": ["parameters"]}, False),
-        ({"anyOf": [{"type": "object"}]}, False),
+        ({"anyOf": [{"type": "object"}]}, True),
+        ({"anyOf": [{"type": "null"}, {"anyOf": [{"type": "object"}, {"type": "string"}]}]}, True),
+        ({"anyOf": [True, {"type": "object"}]}, True),
     ],
 )
 def test_a_call_that_breaks_its_schema_is_no_answer_of_an_open_format(schema: dict[str, Any], is_free: bool) -> None:
     grammar = calls(STRICT_WEATHER).grammar(Grammar("json", json.dumps(schema)))
     assert Run(grammar, PARIS).may_end
-    if is_free and "additionalProperties" not in schema:
+    if "additionalProperties" not in schema:
         assert Run(grammar, '{"name": "get_weather", "age": {"parameters": 1}}').may_end
-    # What a format asks for itself it gets.
-    assert Run(grammar, NOWHERE).taken is not is_free
+    assert not Run(grammar, NOWHERE).taken
+
+
+NAMED: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "parameters": {"type": "object"}},
+    "required": ["name", "parameters"],
+    "additionalProperties": False,
+}
+NOWHERE_VALUE = json.loads(NOWHERE)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        NAMED,
+        {"properties": {"name": {}, "parameters": {}}},
+        {"properties": {"name": {}}, "required": ["parameters"]},
+        {"properties": {"parameters": True}},
+        {"patternProperties": {"": {}}, "additionalProperties": False},
+        {"anyOf": [{"type": "null"}, NAMED]},
+        {"oneOf": [{"type": "null"}, NAMED]},
+        {"allOf": [NAMED]},
+        {"allOf": [{"$ref": "#/$defs/n"}, {"$ref": "#/$defs/n"}], "$defs": {"n": NAMED}},
+        {"$ref": "#/$defs/n", "$defs": {"n": NAMED}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/n"}]}, "n": NAMED}},
+        {"$ref": "#n", "$defs": {"n": {**NAMED, "$anchor": "n"}}},
+        {"enum": [1, NOWHERE_VALUE]},
+        {"const": NOWHERE_VALUE},
+        {"anyOf": [{"const": NOWHERE_VALUE}]},
+        {**NAMED, "properties": {"name": {"enum": ["x", "get_weather"]}, "parameters": {}}},
+    ],
+)
+def test_a_format_that_could_show_a_broken_call_is_refused(schema: dict[str, Any]) -> None:
+    response_format = Grammar("json", json.dumps(schema))
+    with pytest.raises(InvalidParameterError, match="get_weather, which is strict") as caught:
+        calls(STRICT_WEATHER, NOW).grammar(response_format)
+    assert caught.value.param == "tools"
+    # Where no schema is to be kept to, a call may be any.
+    assert calls(WEATHER).grammar(response_format) is not None
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        (ANN, ANN_TEXTS[0]),
+        ({"$ref": "#/$defs/a", "$defs": {"a": ANN}}, ANN_TEXTS[0]),
+        ({"anyOf": [{"$ref": "#/$defs/a"}, {"type": "array"}], "$defs": {"a": ANN}}, ANN_TEXTS[0]),
+        ({"allOf": [ANN, {"type": "object"}]}, ANN_TEXTS[0]),
+        ({"enum": [1, {"name": "get_weather"}]}, "1"),
+        ({**NAMED, "properties": {"name": {"const": "x"}, "parameters": {}}}, '{"name": "x", "parameters": 1}'),
+        ({**NAMED, "properties": {"name": {"type": "string"}, "parameters": {"type": "integer"}}}, None),
+        ({**NAMED, "properties": {"name": {"type": "null"}, "parameters": {}}}, '{"name": null, "parameters": {}}'),
+    ],
+)
+def test_a_format_that_cannot_show_a_call_of_a_strict_function_stays(schema: dict[str, Any], text: str | None) -> None:
+    grammar = calls(STRICT_WEATHER).grammar(Grammar("json", json.dumps(schema)))
+    assert Run(grammar, text or '{"name": "get_weather", "parameters": 1}').may_end
+    assert Run(grammar, PARIS).may_end
+    assert not Run(grammar, NOWHERE).taken
+
+
+def test_schemas_that_refer_to_one_another_twice_over_are_looked_at_once() -> None:
+    schemas: dict[str, Any] = {
+        f"d{depth}": {"allOf": [{"$ref": f"#/$defs/d{depth + 1}"}, {"$ref": f"#/$defs/d{depth + 1}"}]}
+        for depth in range(60)
+    }
+    schema = {"$ref": "#/$defs/d0", "$defs": {**schemas, "d60": {"$ref": "#/$defs/d0"}}}
+    with pytest.raises(InvalidParameterError):
+        calls(STRICT_WEATHER).grammar(Grammar("json", json.dumps(schema)))
+
+
+def test_other_formats_beside_a_strict_function() -> None:
+    tools = calls(STRICT_WEATHER)
+    with pytest.raises(InvalidParameterError):
+        tools.grammar(Grammar("choice", json.dumps(["yes", NOWHERE])))
+    assert Run(tools.grammar(Grammar("choice", json.dumps(["yes", TIME]))), TIME).may_end
+    grammar = tools.grammar(Grammar("regex", r"[\s\S]*"))
+    assert Run(grammar, PARIS).may_end
+    assert Run(grammar, f"Say {NOWHERE}").may_end
+    assert not Run(grammar, f" {NOWHERE}").taken
+    assert not Run(grammar, NOWHERE).taken
+    with pytest.raises(InvalidParameterError):
+        Run(tools.grammar(Grammar("regex", r"\{[\s\S]*\}")), PARIS)
 
 
 def test_a_format_may_be_anything_or_nothing() -> None:
@@ -341,9 +424,10 @@ JUNK = st.recursive(
 def test_what_is_no_schema_is_for_the_library_to_refuse(schema: dict[str, Any], answer: Any, choice: Choice) -> None:
     tools = calls(Function("f", None, schema, strict=True), choice=choice)
     for response_format in (None, Grammar("json", json.dumps(answer))):
-        grammar = tools.grammar(response_format)
-        assert grammar is not None
-        assert grammar.kind == "lark"
+        with contextlib.suppress(InvalidParameterError):
+            grammar = tools.grammar(response_format)
+            assert grammar is not None
+            assert grammar.kind == "lark"
 
 
 # Nothing to hold to
