@@ -6,7 +6,8 @@ Knows HTTP and a Generation by its face; no endpoint's fields and no body's shap
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HTTPRequest
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 # Shorter bodies are read on the spot, within a few milliseconds; a longer one would hold up other streams.
 INLINE_BYTES = 16_384
+_SECONDS_TO_BLAME = 0.3
 
 
 async def read_request(request: HTTPRequest, read: Callable[[bytes], T]) -> T:
@@ -39,15 +41,37 @@ async def apart(work: Callable[[], T], *, is_long: bool) -> T:
     return await asyncio.to_thread(work) if is_long else work()
 
 
-async def check_grammar(model: ServedModel, grammar: Grammar | None, param: str) -> None:
-    """Raises InvalidParameterError that names `param` for a grammar which cannot be enforced."""
-    if grammar is None:
+async def check_grammar(
+    model: ServedModel, grammar: Grammar | None, param: str, parts: Sequence[tuple[str, Grammar]] = ()
+) -> None:
+    """parts: what the grammar is made of, each with its field: an error names the one that is to blame by itself, if
+    that is soon found.
+
+    Raises InvalidParameterError that names `param`, or a part's field, for a grammar which cannot be enforced.
+    """
+    if grammar is None or model.is_checked(grammar):
         return
+    start = time.monotonic()
+    async with model.judging:
+        refusal = await _refusal(model, grammar, param)
+        for field, part in parts:
+            if refusal is None or time.monotonic() - start > _SECONDS_TO_BLAME:
+                break
+            found = await _refusal(model, part, field)
+            if found is not None:
+                refusal = found
+                break
+    if refusal is not None:
+        raise refusal
+
+
+async def _refusal(model: ServedModel, grammar: Grammar, param: str) -> RequestError | None:
     try:
         await asyncio.to_thread(model.check_grammar, grammar)
     except RequestError as error:
         error.param = param
-        raise
+        return error
+    return None
 
 
 class GenerationResponse(Response):

@@ -47,7 +47,7 @@ async def load_model(config: EngineConfig, on_progress: Callable[[Progress], Non
     from pronk.engine.grammar import GrammarCompiler
 
     grammars = GrammarCompiler(tokenizer.vocabulary, engine.info.eos_token_ids)
-    return ServedModel(engine, tokenizer, template, defaults, grammars.check)
+    return ServedModel(engine, tokenizer, template, defaults, grammars.check, grammars.is_checked)
 
 
 def embedded_folder() -> Path:

@@ -6,6 +6,7 @@ loading -> ready -> draining, and failed from any of them when the engine is gon
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from pronk.engine.tokenizer import Tokenizer, Vocabulary
 from pronk.engine.wire import EngineInfo, EngineStats, Step
 from pronk.server.chat.template import ChatTemplate, normalise
 from pronk.server.errors import RETRY_AFTER_SECONDS, NotReadyError, QueueFullError
+
+GRAMMARS_AT_ONCE = 2
+"""How many grammars are checked at once: as many as `pronk.engine.grammar` has processes for."""
 
 
 class Engine(Protocol):
@@ -52,6 +56,10 @@ class ServedModel:
     defaults: GenerationDefaults
     check_grammar: Callable[[Grammar], None]
     """Raises InvalidParameterError for one that cannot be enforced. May take a second; for any thread."""
+    is_checked: Callable[[Grammar], bool] = lambda grammar: False
+    """Whether `check_grammar` would accept it at once, as it did lately."""
+    judging: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(GRAMMARS_AT_ONCE))
+    """Held while a grammar is checked: grammars that take long wait for each other, and not the threads for them."""
     created: int = field(default_factory=lambda: int(time.time()))
     """When it was loaded, in seconds since 1970."""
 

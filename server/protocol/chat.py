@@ -184,3 +184,9 @@ class ChatCompletionRequest(ChatFields, SamplingFields):
     def tools_field(self) -> str:
         """The name under which the client gave its tools."""
         return "functions" if self.functions else "tools"
+
+    def parameters_of(self, tools: ToolCalls | None) -> list[tuple[str, Grammar]]:
+        """-> the parameters that bind calls: the name of each field, and what its schema means."""
+        bound = [] if tools is None else tools.bound_arguments()
+        member = "" if self.functions else ".function"
+        return [(f"{self.tools_field}[{place}]{member}.parameters", grammar) for place, grammar in bound]

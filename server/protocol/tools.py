@@ -18,6 +18,8 @@ from pronk.server.protocol.common import Body, refuse
 from pronk.server.protocol.strict import check_strict
 
 MAX_TOOLS = 128
+MAX_DEPTH = 100
+"""Of a function's parameters: no deeper schema could be enforced."""
 NAME_PATTERN = "[a-zA-Z0-9_-]{1,64}"
 Definition = TypeVar("Definition")
 
@@ -177,6 +179,17 @@ def offered_functions(
     return tuple(functions)
 
 
+def _check_depth(schema: Mapping[str, Any], param: str) -> None:
+    """Before the prompt is written, in which each level takes a wider margin."""
+    waiting: list[tuple[Any, int]] = [(schema, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise APIError(f"'{param}' is nested more than {MAX_DEPTH} levels deep.", INVALID_VALUE, param)
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        waiting += [(part, depth + 1) for part in inside]
+
+
 def _offered_function(definition: FunctionDefinition, param: str) -> Function:
     if not re.fullmatch(NAME_PATTERN, definition.name):
         raise APIError(
@@ -189,6 +202,8 @@ def _offered_function(definition: FunctionDefinition, param: str) -> Function:
             INVALID_VALUE,
             f"{param}.parameters",
         )
+    if parameters is not None:
+        _check_depth(parameters, f"{param}.parameters")
     if definition.strict and parameters is not None:
         check_strict(parameters, f"{param}.parameters")
     return Function(definition.name, definition.description, parameters, strict=bool(definition.strict))

@@ -68,7 +68,9 @@ async def _check_constraint(model: ServedModel, read: Read) -> None:
     constraint = read.constraint
     await check_grammar(model, constraint.form, read.asked.grammar_field)
     if constraint.grammar is not constraint.form:
-        await check_grammar(model, constraint.grammar, read.asked.tools_field)
+        await check_grammar(
+            model, constraint.grammar, read.asked.tools_field, read.asked.parameters_of(constraint.tools)
+        )
 
 
 def _generation(read: Read, request: HTTPRequest, model: ServedModel, record: RequestRecord) -> Generation | BeamSearch:

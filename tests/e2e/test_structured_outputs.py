@@ -91,3 +91,54 @@ async def test_what_cannot_be_enforced_is_told_by_name(server: Server) -> None:
             with pytest.raises(openai.BadRequestError) as caught:
                 await client.chat.completions.create(**WILD, extra_body=form)
             assert caught.value.param == param
+
+
+def closed(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def form(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+def calling(schema: dict[str, Any]) -> dict[str, Any]:
+    functions = [{"name": "easy", "parameters": SCHEMA}, {"name": "hard", "parameters": closed({"x": schema})}]
+    tools = [{"type": "function", "function": function} for function in functions]
+    return {"tools": tools, "tool_choice": "required"}
+
+
+ENDLESS = {"$defs": {"a": closed({"b": {"$ref": "#/$defs/b"}}), "b": closed({"a": {"$ref": "#/$defs/a"}})}}
+PATTERNS = {"type": "string", "allOf": [{"pattern": f"x{number}"} for number in range(40)]}
+HARD = "tools[1].function.parameters"
+SCHEMA_FIELD = "response_format.json_schema.schema"
+HOSTILE: list[tuple[dict[str, Any], str]] = [
+    (form({**ENDLESS, "$ref": "#/$defs/a"}), SCHEMA_FIELD),
+    (form({"anyOf": [{"const": f"value {number}"} for number in range(10_000)]}), SCHEMA_FIELD),
+    (form({"type": "array", "minItems": 10**9}), SCHEMA_FIELD),
+    (form({"type": "integer", "minimum": 5, "maximum": 3}), SCHEMA_FIELD),
+    (form({"type": "object", "description": "x" * 1_000_000}), SCHEMA_FIELD),
+    (form(PATTERNS), SCHEMA_FIELD),
+    ({"structured_outputs": {"regex": "^(a?){500}a{500}$"}}, "structured_outputs"),
+    ({"structured_outputs": {"grammar": 'start: "a" start'}}, "structured_outputs"),
+    ({"structured_outputs": {"grammar": "start: " + "(" * 3000 + '"a"' + ")" * 3000}}, "structured_outputs"),
+    (calling({"type": "integer", "minimum": 5, "maximum": 3}), HARD),
+    (calling({"anyOf": [{"const": f"value {number}"} for number in range(10_000)]}), HARD),
+    (calling({"type": "array", "minItems": 10**9}), HARD),
+]
+
+
+async def test_hostile_schemas_are_refused_and_cost_others_nothing(server: Server) -> None:
+    async with client_of(server) as client:
+        other: Any = {**WILD, "n": 1, "max_tokens": 400, "response_format": FORM}
+        alone = await client.chat.completions.create(**other)
+        long: Any = {**WILD, "n": 1, "max_tokens": 600, "extra_body": {"ignore_eos": True}}
+        stream = await client.chat.completions.create(**long, stream=True)
+        for body, param in HOSTILE:
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.create(**WILD, extra_body=body)
+            assert caught.value.param == param
+        beside = await client.chat.completions.create(**other)
+        assert beside.choices[0].message.content == alone.choices[0].message.content
+        reasons = [choice.finish_reason async for chunk in stream for choice in chunk.choices]
+        assert reasons[-1] == "length"
+        assert len(reasons) > 100
