@@ -1,7 +1,7 @@
 """Structured outputs: does every schema of the corpus hold, and what do they cost?
 
     python bench/grammar.py --record bench/results/schemas.json   what is enforced and what is refused
-    python bench/grammar.py --costs [--model FOLDER]              start-up, compilation and masks for a model's vocabulary
+    python bench/grammar.py --costs [--model FOLDER]              start-up, compilation, masks for a model's vocabulary
 
 The corpus is tests/engine/schemas. Of each schema that is not refused, 500 completions are drawn by chance from the
 masks, so the grammar alone decides. A fourth have the budget of the shortest completion and up to 3 tokens more, the

@@ -56,7 +56,7 @@ class GrammarCompiler:
         self._judges.check(grammar)
 
     def is_checked(self, grammar: Grammar) -> bool:
-        """Whether `check` accepted it lately, and would again at once. Raises what it raises for what is no text."""
+        """Whether `check` accepted it lately, and would again at once."""
         return self._judges.knows(grammar)
 
     def close(self) -> None:

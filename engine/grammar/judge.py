@@ -72,7 +72,6 @@ class Judges:
 
     def knows(self, grammar: Grammar) -> bool:
         """Whether it was accepted lately, so that `check` returns at once."""
-        require_text(grammar)
         key = _key(grammar)
         with self._lock:
             known = key in self._accepted
@@ -82,6 +81,7 @@ class Judges:
 
     def check(self, grammar: Grammar) -> None:
         """Raises InvalidParameterError for a grammar that cannot be used."""
+        require_text(grammar)
         if self.knows(grammar):
             return
         with self._places:
@@ -149,7 +149,7 @@ class Judges:
 
 
 def _key(grammar: Grammar) -> bytes:
-    return hashlib.sha256(msgspec.msgpack.encode(grammar)).digest()
+    return hashlib.sha256(f"{grammar.kind} {grammar.text}".encode(errors="surrogatepass")).digest()
 
 
 def _end_all(judges: list[subprocess.Popen[bytes]]) -> None:

@@ -212,3 +212,10 @@ def test_whoever_asks_after_a_grammar_that_took_too_long_gets_an_answer(compiler
             compiler.check(slow)
         assert not compiler.is_checked(slow)
     compiler.check(Grammar("regex", "after [a-z]+"))
+
+
+def test_half_a_surrogate_pair_is_no_text(compiler: GrammarCompiler) -> None:
+    grammar = Grammar("regex", "a\ud800")
+    assert not compiler.is_checked(grammar)
+    with pytest.raises(InvalidParameterError, match="lone surrogate"):
+        compiler.check(grammar)
