@@ -1,0 +1,185 @@
+"""A team of threads that run one compiled function over many items: who is free takes the next few.
+
+The caller is one of the team. A member that has nothing to do looks for work for some ten microseconds, as long as
+Python needs from one operation of a step to the next, and then sleeps: whoever waits longer would take a core from the
+process that serves HTTP. What an item's result is never depends on who works on it.
+
+Functions have the form `f(arguments, first, last)`: the address of int64 arguments, and the items first to last - 1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import platform
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+from llvmlite import ir
+
+from pronk.kernels.jit import emit
+from pronk.kernels.jit.compiler import Library, load
+from pronk.kernels.jit.emit import I32, I64, Function, Value
+
+SHARES = 16
+"""Pieces of the work for each thread."""
+WORTH_TAKING = 15_000
+"""Nanoseconds of a piece of the work at least: what it takes to wake a thread up, or to wait for it."""
+LOOKS = 2000
+"""How often a member looks for work before it sleeps. A look takes a pause of some 10 to 140 cycles."""
+
+# Where things are in the team's memory, in bytes; in lines of the cache of their own, since all write to them.
+ROUND, NEXT, ACTIVE, SLEEPERS, WORK = (line * 128 for line in range(5))
+FUNCTION, ARGUMENTS, ITEMS, CHUNK, OPEN, STOPPED = (WORK + 8 * field for field in range(6))
+BYTES = 6 * 128
+
+FUTEX = {"x86_64": 202, "aarch64": 98}
+"""The number of Linux's system call."""
+WAIT, WAKE = 128, 129
+"""Its operations, within one process."""
+SLEEP_MICROSECONDS = 50
+"""Between looks, where there is no futex."""
+
+
+class Team:
+    """num_threads members, the caller among them; for one caller at a time. They go when it is closed, or forgotten."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        library = load("threads", [Path(__file__), Path(emit.__file__)], f"{LOOKS}", write)
+        memory = ctypes.create_string_buffer(BYTES + 128)
+        self._place = -(-ctypes.addressof(memory) // 128) * 128
+        self._run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(library.address("run"))
+        members = [
+            threading.Thread(target=_join, args=(library, memory, self._place), daemon=True, name="pronk-kernels")
+            for _ in range(num_threads - 1)
+        ]
+        for member in members:
+            member.start()
+        # Neither code nor memory may go before the last member has. A team that was closed is its caller alone.
+        self._kept = library, memory
+        self.close = weakref.finalize(self, _stop, library, memory, self._place, members)
+
+    def run(self, function: int, arguments: Sequence[int], num_items: int, cost: float) -> None:
+        """function: its address; cost: nanoseconds of an item, roughly. Returns when all items are done.
+
+        Items are taken some at a time: so many that the work is worth a thread's waking up, and so few that whoever is
+        held up leaves the rest to others.
+        """
+        chunk = max(math.ceil(num_items / (self.num_threads * SHARES)), math.ceil(WORTH_TAKING / max(cost, 1.0)))
+        packed = (ctypes.c_int64 * len(arguments))(*arguments)
+        others = min(self.num_threads, -(-num_items // chunk)) - 1
+        self._run(self._place, function, ctypes.addressof(packed), num_items, chunk, others)
+
+
+def _join(library: Library, memory: object, place: int) -> None:
+    """A member's life."""
+    ctypes.CFUNCTYPE(None, ctypes.c_int64)(library.address("join"))(place)
+    del memory
+
+
+def _stop(library: Library, memory: object, place: int, members: list[threading.Thread]) -> None:
+    ctypes.CFUNCTYPE(None, ctypes.c_int64)(library.address("stop"))(place)
+    for member in members:
+        member.join()
+    del memory
+
+
+def write() -> ir.Module:
+    module = ir.Module("threads")
+    with Function(module, "run", ["team", "function", "arguments", "items", "chunk", "others"]) as f:
+        _write_run(f)
+    with Function(module, "join", ["team"]) as f:
+        _write_join(f)
+    with Function(module, "stop", ["team"]) as f:
+        team = f.argument("team")
+        f.atomic_store(1, team + STOPPED)
+        f.atomic_add(team + ROUND, 1)
+        _wake(f, team + ROUND)
+    return module
+
+
+def _write_run(f: Function) -> None:
+    """Open the round, work, close it, and wait for those who are still at work. A member that comes late finds it
+    closed, or finds the next one open, and nobody waits for it."""
+    team = f.argument("team")
+    f.atomic_store(0, team + NEXT)
+    for name, field in (("function", FUNCTION), ("arguments", ARGUMENTS), ("items", ITEMS), ("chunk", CHUNK)):
+        f.store(f.argument(name), team + field)
+    with f.when(f.argument("others") > 0):
+        f.atomic_store(1, team + OPEN)
+        f.atomic_add(team + ROUND, 1)
+        with f.when(f.atomic_load(team + SLEEPERS) > 0):
+            _wake(f, team + ROUND)
+    _work(f, team)
+    f.atomic_store(0, team + OPEN)
+    looks = f.variable(0)
+    with f.repeat_while() as repeat:
+        repeat.stop_when(f.atomic_load(team + ACTIVE).equals(0))
+        _pause(f)
+        looks.set(looks.get() + 1)
+        # Whoever is waited for may be waiting for this core.
+        with f.when(looks.get() > LOOKS):
+            f.instruction("sched_yield", I32)
+
+
+def _write_join(f: Function) -> None:
+    """Until the team is closed: look for a round, sleep if there is none for long, work."""
+    team = f.argument("team")
+    seen = f.variable(0)
+    with f.repeat_while() as life:
+        looks = f.variable(0)
+        with f.repeat_while() as search:
+            now = f.atomic_load(team + ROUND)
+            is_new = f.select(now.equals(seen.get()), f.value(0), 1)
+            search.stop_when(is_new.equals(1))
+            _pause(f)
+            looks.set(looks.get() + 1)
+            with f.when(looks.get() > LOOKS):
+                f.atomic_add(team + SLEEPERS, 1)
+                _sleep_while(f, team + ROUND, now)
+                f.atomic_add(team + SLEEPERS, -1)
+        seen.set(f.atomic_load(team + ROUND))
+        life.stop_when(f.atomic_load(team + STOPPED).equals(1))
+        f.atomic_add(team + ACTIVE, 1)
+        with f.when(f.atomic_load(team + OPEN).equals(1)):
+            _work(f, team)
+        f.atomic_add(team + ACTIVE, -1)
+
+
+def _work(f: Function, team: Value) -> None:
+    """Take items until there are none. Whoever finds none left has nothing to say: another may still be at work."""
+    items, chunk = f.load(team + ITEMS, I64), f.load(team + CHUNK, I64)
+    function, arguments = f.load(team + FUNCTION, I64), f.load(team + ARGUMENTS, I64)
+    with f.repeat_while() as repeat:
+        first = f.atomic_add(team + NEXT, chunk)
+        repeat.stop_when(first >= items)
+        f.call(function, arguments, first, f.smaller(first + chunk, items))
+
+
+def _pause(f: Function) -> None:
+    """Tell the processor that this thread only looks."""
+    if platform.machine() == "aarch64":
+        f.instruction("llvm.aarch64.hint", ir.VoidType(), f.value(1, I32))
+    elif platform.machine() == "x86_64":
+        f.instruction("llvm.x86.sse2.pause", ir.VoidType())
+
+
+def _sleep_while(f: Function, place: Value, value: Value) -> None:
+    """Sleep until somebody wakes who sleeps at this place, unless it has another value by now."""
+    if sys.platform == "linux":
+        number = f.value(FUTEX[platform.machine()])
+        f.instruction("syscall", I64, number, place, f.value(WAIT), value, f.value(0), f.value(0), f.value(0))
+    else:
+        f.instruction("usleep", I32, f.value(SLEEP_MICROSECONDS, I32))
+
+
+def _wake(f: Function, place: Value) -> None:
+    if sys.platform == "linux":
+        number = f.value(FUTEX[platform.machine()])
+        f.instruction(
+            "syscall", I64, number, place, f.value(WAKE), f.value(1 << 30), f.value(0), f.value(0), f.value(0)
+        )
