@@ -70,6 +70,7 @@ ENV PATH=/opt/pronk/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/var/lib/pronk/huggingface \
     TRITON_CACHE_DIR=/var/lib/pronk/triton \
+    PRONK_CACHE=/var/lib/pronk/kernels \
     PRONK_HOST=0.0.0.0 \
     PRONK_PORT=8000
 

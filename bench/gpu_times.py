@@ -253,7 +253,7 @@ def _decode_step(
     with torch.inference_mode():
         seconds = device.seconds([run])
     cached = sum(_bytes_read(layer, batch * context, llama) for layer in layers)
-    embedding = model.embedding.nbytes if model.head.data.data_ptr() != model.embedding.data_ptr() else 0
+    embedding = 0 if model.embedding is model.head else model.embedding.nbytes
     return seconds, model.nbytes - embedding - model.cos_sin.nbytes + cached
 
 

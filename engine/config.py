@@ -122,8 +122,9 @@ class EngineConfig:
     )
     quantization: str = option(
         "none",
-        "keep the linear layers' weights in fewer bits (GPU only): fp8 and int8 with a scale for each output, "
-        "int4 with one for each 32 inputs and an int8 head; the embedding stays as it is",
+        "keep the linear layers' weights in fewer bits: int8 and (GPU only) fp8 with a scale for each output, (GPU "
+        "only) int4 with one for each 32 inputs and an int8 head; the embedding stays as it is. On a CPU int8 rounds "
+        "their inputs to 8 bits too",
         flag="--quantization",
         choices=QUANTIZATIONS,
     )
@@ -144,6 +145,12 @@ class EngineConfig:
         "launch each operation of a step by itself on a GPU, instead of replaying captured CUDA graphs: slower, and "
         "the answers are the same",
         flag="--enforce-eager",
+    )
+    cpu_threads: int | None = option(
+        None,
+        "threads that the model is run by on a CPU (default: one for each physical core that the process may use and "
+        "its container's quota allows; with more than two cores one is left to the process that serves HTTP)",
+        flag="--cpu-threads",
     )
     vendor_products: bool = option(
         False,
@@ -174,6 +181,8 @@ class EngineConfig:
                 raise ConfigError(f"{flag} {value}: choose one of {', '.join(choices)}")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ConfigError(f"--max-model-len {self.max_model_len}: at least 1 token must fit")
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ConfigError(f"--cpu-threads {self.cpu_threads}: at least 1 thread must run the model")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; leave it at 1"

@@ -17,6 +17,8 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 from pronk.engine import wire
 from pronk.engine.config import EngineConfig
 from pronk.engine.core import EngineCore
@@ -102,6 +104,9 @@ def serve(link: Link, config: EngineConfig) -> None:
     link.send(wire.Progress("starting"))
     progress = _ProgressReporter(link)
     runner = load_runner(config, folder, progress)
+    if runner.device.type == "cpu":
+        # The kernels have threads of their own, and torch's would wait for the same cores.
+        torch.set_num_threads(1)
     vocabulary = load_vocabulary(folder)
     core = EngineCore(config, runner, vocabulary)
     link.send(wire.Progress("warming up"))

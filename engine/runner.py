@@ -310,7 +310,7 @@ def choose_dtype(name: str, config: LlamaConfig) -> torch.dtype:
 def choose_kernels(config: EngineConfig, device: torch.device) -> Kernels:
     """Raises ConfigError where the device's set does not run."""
     try:
-        return for_device(device.type, vendor_products=config.vendor_products)
+        return for_device(device.type, vendor_products=config.vendor_products, num_threads=config.cpu_threads)
     except (ImportError, ValueError) as error:
         raise ConfigError(str(error)) from error
 

@@ -8,16 +8,18 @@ if TYPE_CHECKING:
     from pronk.kernels.interface import Kernels
 
 
-def for_device(device: str, *, vendor_products: bool = False) -> Kernels:
-    """device: "cpu" or "cuda". vendor_products: see `gpu.vendor`, which says what that breaks.
+def for_device(device: str, *, vendor_products: bool = False, num_threads: int | None = None) -> Kernels:
+    """device: "cpu" or "cuda". vendor_products: see `gpu.vendor`, which says what that breaks. num_threads: of a CPU;
+    None: as many as `cpu.cores` finds.
 
     Raises ValueError for a device that there is no set for, or that the set does not run on; ImportError where Triton
     is missing.
     """
     if device == "cpu" and not vendor_products:
-        from pronk.kernels import cpu
+        from pronk.kernels.cpu import CpuKernels
+        from pronk.kernels.cpu.cores import default_threads
 
-        return cpu
+        return CpuKernels(num_threads or default_threads())
     if device == "cuda":
         from pronk.kernels import gpu
         from pronk.kernels.gpu import vendor

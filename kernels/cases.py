@@ -314,6 +314,14 @@ def linear_bound(x: Tensor, weight: Tensor, expected: Tensor, dtype: torch.dtype
     return rounded(expected, sum_error(x.shape[1]) * magnitudes, dtype)
 
 
+def int8_bound(x: Tensor, weight: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """As linear_bound, where x [T, K] is rounded to int8 too: each number by half a step, of 1/127 of its row's
+    largest."""
+    steps = x.double().abs().amax(1, keepdim=True) / 127
+    error = steps / 2 * (1 + 4 * FLOAT32_ROUNDOFF) * weight.double().abs().sum(1)
+    return rounded(expected, error + sum_error(4) * (expected.abs() + error), dtype)
+
+
 def norm_bound(expected: Tensor, dtype: torch.dtype) -> Tensor:
     """expected [T, H]: the root of a sum of H squares, which halves its error; then four roundings in float32 (square,
     division by H, root, product), one to the dtype, and one of the product with the weight."""

@@ -1,6 +1,6 @@
 """The operations of a Llama step, as a Protocol: what every kernel set offers, and what each operation means.
 
-The modules `reference`, `cpu` and `gpu` are such sets; `for_device` chooses one. Letters in shapes:
+The modules `reference` and `gpu` are such sets, and `cpu.CpuKernels` makes one; `for_device` chooses. In shapes:
 T tokens of the step, S sequences, H hidden size, N outputs and K inputs of a linear layer, F MLP width,
 Q query heads, G = Q / KV query heads per KV head, KV KV heads, D head_dim, B blocks, P tokens in a block, V vocabulary.
 
@@ -184,7 +184,8 @@ class Kernels(Protocol):
         """
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
-        """x [T, K] -> x · weightᵀ [T, N]; sums in float32, rounded once."""
+        """x [T, K] -> x · weightᵀ [T, N]; sums in float32, rounded once. With an int8 weight a set may round each row
+        of x to int8 as well, as if it were a weight's, and add integers; `describe` says so."""
 
     def linear_silu_mul(self, x: Tensor, weight: Weight) -> Tensor:
         """silu_mul(linear(x, weight)): weight [2F, K], gate first -> [T, F]."""
@@ -193,8 +194,8 @@ class Kernels(Protocol):
         """-> the index of each row's largest of linear(x, weight), the lowest among equals: int64 [T], -1 where any of
         them is NaN or infinite; and the largest itself, float32 [T]."""
 
-    def embedding(self, ids: Tensor, table: Tensor) -> Tensor:
-        """ids int64 [T], table [V, H] -> its rows [T, H]."""
+    def embedding(self, ids: Tensor, table: Tensor | Weight) -> Tensor:
+        """ids int64 [T], table [V, H], or a plain weight that was packed from one -> its rows [T, H]."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x [T, H], weight [H] -> x / sqrt(mean(x²) + eps) in float32, rounded to x's dtype, times weight (RMSNorm,

@@ -88,9 +88,9 @@ def largest(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(rows.isfinite().all(-1), ids, -1), values.squeeze(-1).float()
 
 
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
+def embedding(ids: Tensor, table: Tensor | Weight) -> Tensor:
     """See `Kernels.embedding`."""
-    return table[ids]
+    return (table.data if isinstance(table, Weight) else table)[ids]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

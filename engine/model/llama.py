@@ -41,7 +41,8 @@ class Llama:
 
     config: LlamaConfig
     kernels: Kernels
-    embedding: Tensor
+    embedding: Tensor | Weight
+    """The head itself, where both are one and neither is rounded."""
     layers: list[Layer]
     norm: Tensor
     head: Weight
@@ -71,14 +72,15 @@ class Llama:
     @property
     def nbytes(self) -> int:
         """Memory of all weights, a head that shares the embedding's counted once."""
-        tensors = [self.embedding, self.norm, self.cos_sin]
-        weights = [self.head]
+        tensors, weights = [self.norm, self.cos_sin], [self.head]
+        if isinstance(self.embedding, Tensor):
+            tensors.append(self.embedding)
         for layer in self.layers:
             tensors += [layer.input_norm, layer.post_attention_norm]
             weights += [layer.qkv, layer.o, layer.gate_up, layer.down]
-        for weight in weights:
-            tensors += [weight.data] if weight.scales is None else [weight.data, weight.scales]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()) + sum(
+            weight.nbytes for weight in weights if weight.data.data_ptr() not in {t.data_ptr() for t in tensors}
+        )
 
 
 # Which products are one: the part of a name between "model.layers.N." and ".weight" -> (product, place in it).
@@ -125,11 +127,15 @@ def load(
             rows = [waiting[i].to(device, dtype) for i in range(_PARTS[product])]
             weights[int(layer), product] = kernels.pack(torch.cat(rows), weight_format)
             del parts[int(layer), product]
-    embedding = singles["model.embed_tokens.weight"]
+    embedding = singles.pop("model.embed_tokens.weight")
+    head = kernels.pack(
+        embedding if config.tie_word_embeddings else singles.pop("lm_head.weight"),
+        "int8" if weight_format == "int4" else weight_format,
+    )
     return Llama(
         config=config,
         kernels=kernels,
-        embedding=embedding,
+        embedding=head if config.tie_word_embeddings and weight_format == "plain" else embedding,
         layers=[
             Layer(
                 input_norm=singles[f"model.layers.{i}.input_layernorm.weight"],
@@ -142,9 +148,6 @@ def load(
             for i in range(config.num_hidden_layers)
         ],
         norm=singles["model.norm.weight"],
-        head=kernels.pack(
-            embedding if config.tie_word_embeddings else singles["lm_head.weight"],
-            "int8" if weight_format == "int4" else weight_format,
-        ),
+        head=head,
         cos_sin=cos_sin_table(config, num_positions).to(device),
     )

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pronk.kernels.gpu.compilation import Compilation
+from pronk.kernels.interface import Weight
 
 BLOCK = 1024
 
@@ -35,8 +36,10 @@ def embedding_kernel(ids_ptr, table_ptr, out_ptr, num_ids, width, BLOCK: tl.cons
     tl.store(out_ptr + token * width + columns, row, mask=columns < width)
 
 
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
+def embedding(ids: Tensor, table: Tensor | Weight) -> Tensor:
     """See `Kernels.embedding`."""
+    if isinstance(table, Weight):
+        table = table.data
     num_ids, width = table.shape
     out = table.new_empty(ids.shape[0], width)
     if ids.shape[0]:

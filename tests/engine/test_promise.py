@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -72,25 +71,40 @@ Answer = tuple[list[int], list[TokenLogprobs], str | None, list[TokenLogprobs]]
 
 
 class Engine:
-    """One loaded model, run under any schedule. What earlier runs left in the cache's tensors stays there."""
+    """One loaded model, run under any schedule. What earlier runs left in the cache's tensors stays there. Answers to
+    compare with are made by one thread, whatever the others are made by."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
-        self.config = replace(EngineConfig(model=str(folder), dtype=dtype, max_model_len=MAX_LEN), memory="8MiB")
+    def __init__(self, folder: Path, dtype: str, quantization: str, cpu_threads: int) -> None:
+        config = EngineConfig(
+            model=str(folder), dtype=dtype, quantization=quantization, cpu_threads=cpu_threads, max_model_len=MAX_LEN
+        )
+        self.config = replace(config, memory="8MiB")
         self.runner = load_runner(self.config, folder, lambda done, total: None)
+        self.alone = load_runner(replace(self.config, cpu_threads=1), folder, lambda done, total: None)
         self.vocabulary: Vocabulary = load_vocabulary(folder)
 
     def core(
-        self, *, num_blocks: int, budget: int, max_num_seqs: int, prefix_caching: bool, overlaps: bool = False
+        self,
+        *,
+        num_blocks: int,
+        budget: int,
+        max_num_seqs: int,
+        prefix_caching: bool,
+        overlaps: bool = False,
+        alone: bool = False,
     ) -> EngineCore:
         """overlaps: run steps as where a device works beside the host, each planned before the last one is read."""
         runner: ModelRunner = dataclasses.replace(
-            self.runner, plan=CachePlan(num_blocks, MAX_LEN), max_num_batched_tokens=budget, overlaps=overlaps
+            self.alone if alone else self.runner,
+            plan=CachePlan(num_blocks, MAX_LEN),
+            max_num_batched_tokens=budget,
+            overlaps=overlaps,
         )
         config = replace(self.config, enable_prefix_caching=prefix_caching, max_num_seqs=max_num_seqs)
         return EngineCore(config, runner, self.vocabulary)
 
     def solo(self, prompt: list[int], params: SamplingParams) -> Answer:
-        core = self.core(num_blocks=200, budget=10_000, max_num_seqs=1, prefix_caching=False)
+        core = self.core(num_blocks=200, budget=10_000, max_num_seqs=1, prefix_caching=False, alone=True)
         core.add(Request(request_id="solo", prompt=prompt, params=params))
         return drive(core, [])["solo"]
 
@@ -121,21 +135,20 @@ def add(answers: dict[str, Answer], output: Output) -> None:
 
 
 @pytest.fixture(
-    scope="module", params=[("float32", 1), ("bfloat16", 2)], ids=["float32-1-thread", "bfloat16-2-threads"]
+    scope="module",
+    params=[("float32", "none", 1), ("bfloat16", "none", 2), ("bfloat16", "int8", 3)],
+    ids=["float32-1-thread", "bfloat16-2-threads", "int8-3-threads"],
 )
 def engine(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_llama: Callable[..., dict[str, object]],
     write_checkpoint: Callable[..., Path],
-) -> Iterator[Engine]:
-    dtype, threads = request.param
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+) -> Engine:
+    dtype, *rest = request.param
     config = tiny_llama("1b", hidden_size=192, intermediate_size=224, num_attention_heads=6, num_key_value_heads=2)
     folder = write_checkpoint(tmp_path_factory.mktemp("promise"), {**config, "head_dim": 64}, dtype=dtype)
-    yield Engine(folder, dtype)
-    torch.set_num_threads(before)
+    return Engine(folder, dtype, *rest)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -14,13 +14,14 @@ from pronk.engine.request import Grammar, Request, SamplingParams
 from pronk.engine.runner import check_kernels, choose_kernels, draw_of
 from pronk.engine.scheduler import Row
 from pronk.engine.sequence import Sequence
-from pronk.kernels import cpu, reference
+from pronk.kernels import reference
+from pronk.kernels.cpu import CpuKernels
 
 CPU = torch.device("cpu")
 
 
 def test_the_vendors_products_are_for_a_gpu() -> None:
-    assert choose_kernels(EngineConfig(), CPU) is cpu
+    assert isinstance(choose_kernels(EngineConfig(cpu_threads=1), CPU), CpuKernels)
     with pytest.raises(ConfigError, match="--device cuda"):
         choose_kernels(EngineConfig(vendor_products=True), CPU)
 
@@ -48,9 +49,10 @@ def test_what_a_kernel_set_is_not_made_for_is_said_at_start(operation: str) -> N
     def refuse(*args: object, **kwargs: object) -> None:
         raise ValueError("heads of 80: run this model on the CPU")
 
-    for kernels in (cpu, reference):
+    for kernels in (CpuKernels(1), reference):
         check_kernels(kernels, model, 16, dtype=torch.float32, cache_dtype=torch.float32, device=CPU)
-        refusing = SimpleNamespace(**{**vars(kernels), operation: refuse})
+        names = [name for name in dir(kernels) if not name.startswith("_")]
+        refusing = SimpleNamespace(**{name: getattr(kernels, name) for name in names} | {operation: refuse})
         with pytest.raises(ConfigError, match="heads of 80: run this model on the CPU"):
             check_kernels(
                 refusing,  # type: ignore[arg-type]

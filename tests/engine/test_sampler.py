@@ -21,7 +21,8 @@ from torch import Tensor
 
 from pronk.engine.request import SamplingParams
 from pronk.engine.sampling.sampler import Sampled, SampleRow, build, read
-from pronk.kernels import cpu, reference, sampling
+from pronk.kernels import reference, sampling
+from pronk.kernels.cpu import CpuKernels
 from pronk.kernels.noise import exponential, noise_key
 
 MANY = 1024
@@ -38,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 Sample = Callable[[Tensor, list[SampleRow]], list[Sampled]]
 
 
-@pytest.fixture(params=[cpu, reference], ids=["cpu", "reference"])
+@pytest.fixture(params=[CpuKernels(1), reference], ids=["cpu", "reference"])
 def sample(request: pytest.FixtureRequest) -> Sample:
     """The sampler over each kernel set."""
 

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pronk.kernels import cpu, reference
+from pronk.kernels import reference
 from pronk.kernels.cases import SAMPLING, language_like, sampling_batch, sampling_row, with_entries
+from pronk.kernels.cpu import CpuKernels
 from pronk.kernels.interface import NONE_ALLOWED, NOT_FINITE, Kernels
 
 
@@ -27,6 +28,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+cpu = CpuKernels(1)
 each_set = pytest.mark.parametrize("kernels", [cpu, reference], ids=["cpu", "reference"])
 
 

@@ -1,0 +1,193 @@
+"""Linear layers on a CPU: packing weights for `products`, preparing rows for them, and sharing the work out.
+
+Knows shapes and dtypes; not how numbers are multiplied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pronk.kernels.cpu.code import DTYPES, Code, contiguous
+from pronk.kernels.cpu.instructions import LANES, TILE_ROWS, tile_config
+from pronk.kernels.cpu.packing import write_interleave, write_rows_of
+from pronk.kernels.cpu.products import GROUP, UNIT, Kind, on_tiles, write_product
+from pronk.kernels.cpu.rows import write_quantize, write_widen
+from pronk.kernels.interface import Weight, WeightFormat
+
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("plain", "int8")
+ROWS_AT_ONCE = 4096
+"""Rows of a weight that are rounded at a time: what is in float32 meanwhile is small."""
+BYTES_A_NANOSECOND, PRODUCTS_A_NANOSECOND = 10, 40
+"""Of a thread, roughly: what work is shared out by."""
+HUGE_PAGE = 2 << 20
+
+
+@dataclass(frozen=True)
+class PackedWeight(Weight):
+    """`data` as `products` has it: [blocks, units, LANES, numbers in a unit], zero where there is no output or input;
+    blocks are a multiple of GROUP. scales float32 [outputs, padded]."""
+
+    kind: Kind = "float32"
+    sums: Tensor | None = None
+    """int32 [outputs, padded]: of an int8 weight's rows."""
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.sums is None else self.sums.nbytes)
+
+
+def pack(code: Code, weight: Tensor, format: WeightFormat) -> PackedWeight:
+    """See `Kernels.pack`."""
+    if format not in WEIGHT_FORMATS:
+        raise ValueError(f"the CPU kernels have no {format} weights: choose {', '.join(WEIGHT_FORMATS)}")
+    kind: Kind = "int8" if format == "int8" else DTYPES[weight.dtype]  # type: ignore[assignment]
+    num_out, num_in = weight.shape
+    unit = UNIT[kind]
+    units = padded(num_in, unit * (TILE_ROWS if on_tiles(code.instructions, kind) else 1)) // unit
+    outputs = padded(num_out, LANES * GROUP)
+    data = memory((outputs // LANES, units, LANES, unit), torch.int8 if kind == "int8" else weight.dtype)
+    scales = torch.zeros(outputs) if kind == "int8" else None
+    sums = torch.zeros(outputs, dtype=torch.int32) if kind == "int8" else None
+    for start in range(0, num_out, ROWS_AT_ONCE):
+        rows = weight[start : start + ROWS_AT_ONCE].contiguous()
+        if scales is not None:
+            rows = _round(code, rows, scales[start : start + len(rows)])
+        if num_in % unit:
+            rows = F.pad(rows, (0, -num_in % unit))
+        name = "interleave" if sums is None else "interleave_and_sum"
+        addresses = [data[start // LANES :].data_ptr(), units, 0 if sums is None else sums[start:].data_ptr()]
+        row_bytes = rows.shape[1] * rows.element_size()
+        blocks = padded(len(rows), LANES) // LANES
+        code.run(
+            name,
+            write_interleave(sums=sums is not None),
+            [rows.data_ptr(), row_bytes, len(rows), row_bytes // 4, *addresses],
+            blocks,
+            cost=LANES * row_bytes / BYTES_A_NANOSECOND,
+        )
+    return PackedWeight(num_out, num_in, data, format, scales, kind, sums)
+
+
+def _round(code: Code, rows: Tensor, scales: Tensor) -> Tensor:
+    """-> int8 rows, as `reference.pack` rounds them, and into `scales` what they are to be multiplied by."""
+    dtype, width = DTYPES[rows.dtype], rows.shape[1]
+    out = torch.empty(rows.shape, dtype=torch.int8)
+    addresses = [rows.data_ptr(), out.data_ptr(), scales.data_ptr()]
+    code.run(f"quantize_{dtype}", write_quantize(dtype), [*addresses, width, width], len(rows), cost=width)
+    return out
+
+
+def memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros. A large weight lies in large pages, where the system has some to give: its addresses are found faster."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + size].view(dtype).view(shape)
+
+
+def padded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def linear(code: Code, x: Tensor, weight: PackedWeight) -> Tensor:
+    """See `Kernels.linear`."""
+    if weight.kind not in ("int8", DTYPES[x.dtype]):
+        raise ValueError(f"a weight in {weight.kind} and activations in {x.dtype}: load both in one dtype")
+    num_rows = len(x)
+    outputs = weight.data.shape[0] * LANES
+    out = x.new_empty(num_rows, outputs)
+    if num_rows:
+        rows, scales = _prepare(code, contiguous(x), weight)
+        _multiply(code, rows, scales, weight, out)
+    return out if outputs == weight.out_features else out[:, : weight.out_features].contiguous()
+
+
+def rows_of(code: Code, ids: Tensor, weight: PackedWeight) -> Tensor:
+    """The rows that a plain weight was packed from: ids int64 [T] -> [T, K]."""
+    if weight.format != "plain":
+        raise ValueError(f"rows of a weight in {weight.format} are not those that it was packed from")
+    units, unit = weight.data.shape[1], UNIT[weight.kind]
+    out = torch.empty(len(ids), units * unit, dtype=weight.data.dtype)
+    addresses = [contiguous(ids).data_ptr(), weight.data.data_ptr(), out.data_ptr()]
+    code.run("rows_of", write_rows_of, [*addresses, units], len(ids), cost=units)
+    return out if units * unit == weight.in_features else out[:, : weight.in_features].contiguous()
+
+
+def _prepare(code: Code, x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """-> x as the product takes it, and the scales of its rows if they are int8."""
+    num_rows, width = x.shape
+    dtype = DTYPES[x.dtype]
+    padded_width = weight.data.shape[1] * UNIT[weight.kind]
+    if weight.kind == "int8":
+        kind, name, write = torch.int8, f"quantize_{dtype}", write_quantize(dtype)
+    elif on_tiles(code.instructions, weight.kind) or (dtype == "float32" and padded_width == width):
+        return x if padded_width == width else F.pad(x, (0, padded_width - width)), None
+    else:
+        kind, name, write = torch.float32, f"widen_{dtype}", write_widen(dtype)
+    rows = (torch.empty if padded_width == width else torch.zeros)(num_rows, padded_width, dtype=kind)
+    scales = torch.empty(num_rows) if weight.kind == "int8" else None
+    addresses = [x.data_ptr(), rows.data_ptr(), *([] if scales is None else [scales.data_ptr()])]
+    code.run(name, write, [*addresses, width, padded_width], num_rows, cost=width / 4)
+    return rows, scales
+
+
+def _multiply(code: Code, rows: Tensor, scales: Tensor | None, weight: PackedWeight, out: Tensor) -> None:
+    num_rows = len(rows)
+    if not on_tiles(code.instructions, weight.kind):
+        _run(code, rows, scales, weight, out, 0, (0, 0))
+        return
+    full = num_rows // (2 * TILE_ROWS) * (2 * TILE_ROWS)
+    for start, stop in ((0, full), (full, num_rows)):
+        if start < stop:
+            first = min(TILE_ROWS, stop - start)
+            second = TILE_ROWS if stop == full else stop - start - first
+            unused = max(second, 1)
+            config = ctypes.create_string_buffer(
+                tile_config([first, first, unused, unused, first, unused, TILE_ROWS, TILE_ROWS])
+            )
+            own = None if scales is None else scales[start:stop]
+            address = ctypes.addressof(config)
+            _run(code, rows[start:stop], own, weight, out[start:stop], address, (first, second))
+
+
+def _run(
+    code: Code,
+    rows: Tensor,
+    scales: Tensor | None,
+    weight: PackedWeight,
+    out: Tensor,
+    config: int,
+    tile_rows: tuple[int, int],
+) -> None:
+    dtype = DTYPES[out.dtype]
+    groups = weight.data.shape[0] // GROUP
+    numbers = weight.data.numel() // groups
+    code.run(
+        f"product_{weight.kind}_{dtype}",
+        write_product(code.instructions, weight.kind, dtype),
+        [
+            weight.data.data_ptr(),
+            rows.data_ptr(),
+            out.data_ptr(),
+            len(rows),
+            weight.data.shape[1],
+            out.stride(0) * out.element_size(),
+            0 if weight.scales is None else weight.scales.data_ptr(),
+            0 if weight.sums is None else weight.sums.data_ptr(),
+            0 if scales is None else scales.data_ptr(),
+            config,
+            *tile_rows,
+        ],
+        groups,
+        cost=max(numbers / PRODUCTS_A_NANOSECOND * len(rows), weight.data.nbytes / groups / BYTES_A_NANOSECOND),
+    )

@@ -1,0 +1,250 @@
+"""The kernels of linear layers: x [T, K] times the transpose of a weight [N, K].
+
+Layout. Outputs lie in blocks of LANES, and inputs in units of four bytes: a unit is one float32, two bfloat16 or
+float16, or four int8. [N / LANES][K / unit][LANES][unit]: one vector holds a unit of every output of a block, and to
+read a block is to read memory in order, whatever the instructions are. AMX's tiles are 16 such vectors.
+
+Numbers, promise 1. An output is a lane, and its products are added in the order of the inputs, by one `fma` each; in
+integers the order is of no matter. On tiles the instruction has an order of its own, the same for each row of x. None
+depends on T, or on the other rows.
+
+Speed. Few rows: a weight is read once, and its time is the memory's. Many rows: a weight's group of blocks stays in the
+L2 cache while all rows pass by it, TOKENS at a time, whose sums fill the registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llvmlite import ir
+
+from pronk.kernels.cpu.code import ITEM_BYTES, Write, arguments_of, store_floats
+from pronk.kernels.cpu.instructions import (
+    LANES,
+    TILE_BYTES,
+    TILE_ROWS,
+    Dot,
+    Instructions,
+    configure_tiles,
+    dot_product,
+    is_offset,
+    load_tile,
+    multiply_tiles,
+    release_tiles,
+    store_tile,
+    zero_tile,
+)
+from pronk.kernels.jit.emit import F16, F32, I8, I32, Function, Value, Variable, vector
+
+Kind = Literal["float32", "bfloat16", "float16", "int8"]
+"""Of a weight's numbers."""
+
+UNIT = {"float32": 1, "bfloat16": 2, "float16": 2, "int8": 4}
+"""Inputs in four bytes."""
+GROUP = 2
+"""Blocks that are multiplied together: an item of the work."""
+ARGUMENTS = ("weights", "x", "out", "num_rows", "num_units", "out_stride", "weight_scales", "weight_sums", "x_scales",
+             "config", "first_rows", "second_rows")  # fmt: skip
+"""Addresses; counts; bytes from one row of `out` to the next. x is float32, or int8 with scales, or, for tiles,
+bfloat16: rows of num_units · 4 bytes, or num_units numbers of float32 for each of a unit."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The arguments as values, and the group that is being multiplied."""
+
+    f: Function
+    kind: Kind
+    output: str
+    arguments: dict[str, Value]
+    group: Value
+
+    def __getattr__(self, name: str) -> Value:
+        """An argument."""
+        return self.arguments[name]
+
+    @property
+    def block_bytes(self) -> Value:
+        return self.num_units * (4 * LANES)
+
+    def block(self, number: int) -> Value:
+        """The address of one of the group's blocks."""
+        return self.weights + (self.group * GROUP + number) * self.block_bytes
+
+    def outputs(self, array: str, number: int, type: ir.Type) -> Value:
+        """What an array of four bytes an output holds for a block."""
+        return self.f.load(self.arguments[array] + (self.group * GROUP + number) * (4 * LANES), type)
+
+    def store(self, values: Value, row: Value, number: int) -> None:
+        """values float32 [LANES], rounded to the output's dtype."""
+        place = self.out + row * self.out_stride + (self.group * GROUP + number) * (LANES * ITEM_BYTES[self.output])
+        store_floats(self.f, self.output, values, place)
+
+
+def write_product(instructions: Instructions, kind: Kind, output: str) -> Write:
+    """kind: of the weight's numbers; output: the dtype that results are rounded to."""
+
+    def write(f: Function) -> None:
+        arguments = arguments_of(f, ARGUMENTS)
+        tiles = on_tiles(instructions, kind)
+        if tiles:
+            configure_tiles(f, arguments["config"])
+            scratch = f.stack(4 * TILE_ROWS * TILE_BYTES)
+        with f.loop(f.argument("first"), f.argument("last")) as group:
+            job = Job(f, kind, output, arguments, group)
+            if tiles:
+                _multiply_on_tiles(job, scratch)
+            else:
+                _multiply_in_lanes(job, instructions)
+        if tiles:
+            release_tiles(f)
+
+    return write
+
+
+def on_tiles(instructions: Instructions, kind: Kind) -> bool:
+    return instructions.tiles and kind in ("bfloat16", "int8")
+
+
+# In lanes
+
+
+def _multiply_in_lanes(job: Job, instructions: Instructions) -> None:
+    most = 12 if instructions.wide else 4
+    f = job.f
+    full = job.num_rows // most * most
+    with f.loop(0, full, most) as row:
+        _tile(job, instructions, row, most)
+    done = full
+    for count in (size for size in (8, 4, 2, 1) if size < most):
+        rest = (job.num_rows - done) // count
+        with f.when(rest > 0):
+            _tile(job, instructions, done, count)
+        done = done + rest * count
+
+
+def _tile(job: Job, instructions: Instructions, row: Value, count: int) -> None:
+    """`count` rows of x from `row` on, by the group's blocks."""
+    if job.kind == "int8":
+        _tile_of_integers(job, instructions.dot, row, count)
+    else:
+        _tile_of_floats(job, row, count)
+
+
+def _variables(f: Function, count: int, zero: Value) -> list[list[Variable]]:
+    """Of each block and row."""
+    return [[Variable(f, zero) for _ in range(count)] for _ in range(GROUP)]
+
+
+def _tile_of_floats(job: Job, row: Value, count: int) -> None:
+    f, unit = job.f, UNIT[job.kind]
+    sums = _variables(f, count, f.value(0.0, vector(F32, LANES)))
+    row_bytes = job.num_units * (4 * unit)
+    rows = [job.x + (row + m) * row_bytes for m in range(count)]
+    blocks = [job.block(n) for n in range(GROUP)]
+    with f.loop(0, job.num_units) as k:
+        weights = [_numbers(f, job.kind, block + k * (4 * LANES), prefetch=count <= 2) for block in blocks]
+        for i in range(unit):
+            for m in range(count):
+                x = f.load(rows[m] + k * (4 * unit) + 4 * i, F32).broadcast(LANES)
+                for n in range(GROUP):
+                    sums[n][m].set(f.fma(weights[n][i], x, sums[n][m].get()))
+    for n in range(GROUP):
+        for m in range(count):
+            job.store(sums[n][m].get(), row + m, n)
+
+
+def _numbers(f: Function, kind: Kind, address: Value, *, prefetch: bool) -> list[Value]:
+    """-> a vector for each number of the unit: float32 [LANES]."""
+    if prefetch:
+        f.prefetch(address + 4096)
+    floats = vector(F32, LANES)
+    if kind == "float32":
+        return [f.load(address, floats)]
+    if kind == "bfloat16":
+        pairs = f.load(address, vector(I32, LANES))
+        return [(pairs << 16).bits(floats), (pairs & -65536).bits(floats)]
+    halves = f.load(address, vector(F16, 2 * LANES))
+    return [halves.lanes(range(i, 2 * LANES, 2)).to(floats) for i in range(2)]
+
+
+def _tile_of_integers(job: Job, dot: Dot, row: Value, count: int) -> None:
+    f = job.f
+    sums = _variables(f, count, f.value(0, vector(I32, LANES)))
+    rows = [job.x + (row + m) * job.num_units * 4 for m in range(count)]
+    blocks = [job.block(n) for n in range(GROUP)]
+    with f.loop(0, job.num_units) as k:
+        weights = []
+        for block in blocks:
+            address = block + k * (4 * LANES)
+            if count <= 2:
+                f.prefetch(address + 4096)
+            weights.append(f.load(address, vector(I8, 4 * LANES)))
+        for m in range(count):
+            x = f.load(rows[m] + k * 4, I32)
+            if is_offset(dot):
+                x = x ^ -0x7F7F7F80
+            x = x.broadcast(LANES).bits(vector(I8, 4 * LANES))
+            for n in range(GROUP):
+                sums[n][m].set(dot_product(f, dot, sums[n][m].get(), weights[n], x))
+    for n in range(GROUP):
+        scales = job.outputs("weight_scales", n, vector(F32, LANES))
+        for m in range(count):
+            total = sums[n][m].get()
+            if is_offset(dot):
+                total = total - (job.outputs("weight_sums", n, vector(I32, LANES)) << 7)
+            job.store(_scaled(job, total, scales, row + m), row + m, n)
+
+
+def _scaled(job: Job, total: Value, scales: Value, row: Value) -> Value:
+    """Integers -> what they stand for: float32 [LANES]."""
+    x_scale = job.f.load(job.x_scales + row * 4, F32).broadcast(LANES)
+    return total.to(vector(F32, LANES)) * scales * x_scale
+
+
+# On tiles: 0 to 3 hold sums of (rows, block), 4 and 5 rows, 6 and 7 blocks
+
+
+def _multiply_on_tiles(job: Job, scratch: Value) -> None:
+    """Rows 32 at a time, first_rows and second_rows of them in their tiles: 16 and 16, or what is left."""
+    f = job.f
+    step = job.first_rows + job.second_rows
+    with f.when(job.second_rows > 0):
+        row = f.variable(0)
+        with f.repeat_while() as repeat:
+            _tiles(job, scratch, row.get(), 2)
+            row.set(row.get() + step)
+            repeat.stop_when(row.get() >= job.num_rows)
+    with f.when(job.second_rows <= 0):
+        _tiles(job, scratch, f.value(0), 1)
+
+
+def _tiles(job: Job, scratch: Value, row: Value, count: int) -> None:
+    """`count` tiles of rows from `row` on."""
+    f = job.f
+    row_bytes = job.num_units * 4
+    rows = [job.x + row * row_bytes, job.x + (row + job.first_rows) * row_bytes][:count]
+    blocks = [job.block(n) for n in range(GROUP)]
+    for tile in range(2 * count):
+        zero_tile(f, tile)
+    with f.loop(0, job.num_units, TILE_ROWS) as k:
+        for m, address in enumerate(rows):
+            load_tile(f, 4 + m, address + k * 4, row_bytes)
+        for n, block in enumerate(blocks):
+            load_tile(f, 6 + n, block + k * TILE_BYTES, f.value(TILE_BYTES))
+            for m in range(count):
+                multiply_tiles(f, 2 * m + n, 4 + m, 6 + n, integers=job.kind == "int8")
+    for m, tile_rows in enumerate([job.first_rows, job.second_rows][:count]):
+        for n in range(GROUP):
+            tile = 2 * m + n
+            place = scratch + tile * TILE_ROWS * TILE_BYTES
+            store_tile(f, tile, place, f.value(TILE_BYTES))
+            scales = job.outputs("weight_scales", n, vector(F32, LANES)) if job.kind == "int8" else None
+            with f.loop(0, tile_rows) as i:
+                own = row + i + (job.first_rows if m else 0)
+                if scales is None:
+                    job.store(f.load(place + i * TILE_BYTES, vector(F32, LANES)), own, n)
+                else:
+                    total = f.load(place + i * TILE_BYTES, vector(I32, LANES))
+                    job.store(_scaled(job, total, scales, own), own, n)
