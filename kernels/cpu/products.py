@@ -68,15 +68,15 @@ class Job:
     def block_bytes(self) -> Value:
         return self.num_units * (4 * LANES)
 
-    def block(self, number: int) -> Value:
+    def block(self, number: Value | int) -> Value:
         """The address of one of the group's blocks."""
         return self.weights + (self.group * GROUP + number) * self.block_bytes
 
-    def outputs(self, array: str, number: int, type: ir.Type) -> Value:
+    def outputs(self, array: str, number: Value | int, type: ir.Type) -> Value:
         """What an array of four bytes an output holds for a block."""
         return self.f.load(self.arguments[array] + (self.group * GROUP + number) * (4 * LANES), type)
 
-    def store(self, values: Value, row: Value, number: int) -> None:
+    def store(self, values: Value, row: Value, number: Value | int) -> None:
         """values float32 [LANES], rounded to the output's dtype."""
         place = self.out + row * self.out_stride + (self.group * GROUP + number) * (LANES * ITEM_BYTES[self.output])
         store_floats(self.f, self.output, values, place)
@@ -111,48 +111,49 @@ def on_tiles(instructions: Instructions, kind: Kind) -> bool:
 
 
 def _multiply_in_lanes(job: Job, instructions: Instructions) -> None:
-    most = 12 if instructions.wide else 4
+    """As many rows and blocks at a time as there are registers for their sums: 24 of 32; or 8 or 10 of 16, where a
+    vector takes two. What rows are left go by in smaller tiles."""
     f = job.f
-    full = job.num_rows // most * most
-    with f.loop(0, full, most) as row:
-        _tile(job, instructions, row, most)
-    done = full
-    for count in (size for size in (8, 4, 2, 1) if size < most):
-        rest = (job.num_rows - done) // count
-        with f.when(rest > 0):
-            _tile(job, instructions, done, count)
-        done = done + rest * count
+    together = range(GROUP) if instructions.wide else (0,)
+    sizes = (12, 8, 4, 2, 1) if instructions.wide else (4, 3, 2, 1) if job.kind == "int8" else (5, 4, 3, 2, 1)
+    with f.loop(0, GROUP, len(together)) as first:
+        blocks = [first + n for n in together]
+        full = job.num_rows // sizes[0] * sizes[0]
+        with f.loop(0, full, sizes[0]) as row:
+            _tile(job, instructions, row, sizes[0], blocks)
+        done = full
+        for count in sizes[1:]:
+            rest = (job.num_rows - done) // count
+            with f.when(rest > 0):
+                _tile(job, instructions, done, count, blocks)
+            done = done + rest * count
 
 
-def _tile(job: Job, instructions: Instructions, row: Value, count: int) -> None:
-    """`count` rows of x from `row` on, by the group's blocks."""
+def _tile(job: Job, instructions: Instructions, row: Value, count: int, numbers: list[Value]) -> None:
+    """`count` rows of x from `row` on, by these blocks of the group."""
     if job.kind == "int8":
-        _tile_of_integers(job, instructions.dot, row, count)
+        _tile_of_integers(job, instructions.dot, row, count, numbers)
     else:
-        _tile_of_floats(job, row, count)
+        _tile_of_floats(job, row, count, numbers)
 
 
-def _variables(f: Function, count: int, zero: Value) -> list[list[Variable]]:
-    """Of each block and row."""
-    return [[Variable(f, zero) for _ in range(count)] for _ in range(GROUP)]
-
-
-def _tile_of_floats(job: Job, row: Value, count: int) -> None:
+def _tile_of_floats(job: Job, row: Value, count: int, numbers: list[Value]) -> None:
     f, unit = job.f, UNIT[job.kind]
-    sums = _variables(f, count, f.value(0.0, vector(F32, LANES)))
+    zero = f.value(0.0, vector(F32, LANES))
+    sums = [[Variable(f, zero) for _ in range(count)] for _ in numbers]
     row_bytes = job.num_units * (4 * unit)
     rows = [job.x + (row + m) * row_bytes for m in range(count)]
-    blocks = [job.block(n) for n in range(GROUP)]
+    blocks = [job.block(number) for number in numbers]
     with f.loop(0, job.num_units) as k:
         weights = [_numbers(f, job.kind, block + k * (4 * LANES), prefetch=count <= 2) for block in blocks]
         for i in range(unit):
             for m in range(count):
                 x = f.load(rows[m] + k * (4 * unit) + 4 * i, F32).broadcast(LANES)
-                for n in range(GROUP):
+                for n in range(len(blocks)):
                     sums[n][m].set(f.fma(weights[n][i], x, sums[n][m].get()))
-    for n in range(GROUP):
+    for n, number in enumerate(numbers):
         for m in range(count):
-            job.store(sums[n][m].get(), row + m, n)
+            job.store(sums[n][m].get(), row + m, number)
 
 
 def _numbers(f: Function, kind: Kind, address: Value, *, prefetch: bool) -> list[Value]:
@@ -169,11 +170,12 @@ def _numbers(f: Function, kind: Kind, address: Value, *, prefetch: bool) -> list
     return [halves.lanes(range(i, 2 * LANES, 2)).to(floats) for i in range(2)]
 
 
-def _tile_of_integers(job: Job, dot: Dot, row: Value, count: int) -> None:
+def _tile_of_integers(job: Job, dot: Dot, row: Value, count: int, numbers: list[Value]) -> None:
     f = job.f
-    sums = _variables(f, count, f.value(0, vector(I32, LANES)))
+    zero = f.value(0, vector(I32, LANES))
+    sums = [[Variable(f, zero) for _ in range(count)] for _ in numbers]
     rows = [job.x + (row + m) * job.num_units * 4 for m in range(count)]
-    blocks = [job.block(n) for n in range(GROUP)]
+    blocks = [job.block(number) for number in numbers]
     with f.loop(0, job.num_units) as k:
         weights = []
         for block in blocks:
@@ -186,15 +188,15 @@ def _tile_of_integers(job: Job, dot: Dot, row: Value, count: int) -> None:
             if is_offset(dot):
                 x = x ^ -0x7F7F7F80
             x = x.broadcast(LANES).bits(vector(I8, 4 * LANES))
-            for n in range(GROUP):
+            for n in range(len(blocks)):
                 sums[n][m].set(dot_product(f, dot, sums[n][m].get(), weights[n], x))
-    for n in range(GROUP):
-        scales = job.outputs("weight_scales", n, vector(F32, LANES))
+    for n, number in enumerate(numbers):
+        scales = job.outputs("weight_scales", number, vector(F32, LANES))
         for m in range(count):
             total = sums[n][m].get()
             if is_offset(dot):
-                total = total - (job.outputs("weight_sums", n, vector(I32, LANES)) << 7)
-            job.store(_scaled(job, total, scales, row + m), row + m, n)
+                total = total - (job.outputs("weight_sums", number, vector(I32, LANES)) << 7)
+            job.store(_scaled(job, total, scales, row + m), row + m, number)
 
 
 def _scaled(job: Job, total: Value, scales: Value, row: Value) -> Value:

@@ -24,8 +24,6 @@ CACHE_VARIABLE = "PRONK_CACHE"
 @cache
 def host() -> tuple[str, str]:
     """-> this processor's name and its features, as LLVM spells them."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
     return binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
 
 
@@ -103,6 +101,8 @@ def _optimized(module: ir.Module) -> Any:
 
 
 def _machine() -> Any:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
     name, flags = host()
     target = binding.Target.from_triple(binding.get_process_triple())
     return target.create_target_machine(cpu=name, features=flags, opt=3, reloc="pic", codemodel="jitdefault", jit=True)
