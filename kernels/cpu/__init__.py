@@ -153,7 +153,7 @@ class CpuKernels:
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Samples:
         """See `Kernels.sample`."""
-        return samplings.sample(logits, batch)
+        return samplings.sample(self._code, logits, batch)
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernels.logprobs`."""

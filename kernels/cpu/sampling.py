@@ -1,11 +1,8 @@
-"""`sample` and `logprobs` on a CPU: as `sampling` defines them, without sorting a vocabulary or drawing all its noise.
+"""`sample` and `logprobs` on a CPU. Tokens are chosen by the kernels of `choosing`; what bias, penalties and masks make
+of logits, and log probabilities, go row by row in torch and numpy.
 
-Three ideas. The largest numbers of 2,000 groups of 64 give a bound that no token below can pass, so that few are left
-to sort. numpy finds and sorts extremes several times faster than torch. And a variate is never less than its uniform
-number, so that only tokens whose weight / uniform number reaches the best score found can win: logarithms are taken of
-those alone. Results equal the definition's, but for the last bits of sums.
-
-Each row is worked on alone. Knows no threads and no request.
+The most likely tokens are found without sorting a vocabulary: the largest numbers of 2,000 groups of 64 give a bound
+that no token below can pass, so that few are left to sort. Each row is worked on alone.
 """
 
 from __future__ import annotations
@@ -19,32 +16,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pronk.kernels import sampling
-from pronk.kernels.interface import NONE_ALLOWED, NOT_FINITE, Samples, SamplingBatch
-from pronk.kernels.noise import uniform
-from pronk.kernels.sampling import Row
+from pronk.kernels.cpu.choosing import write_choose
+from pronk.kernels.cpu.code import DTYPES, Code
+from pronk.kernels.interface import NOT_FINITE, Samples, SamplingBatch
 
 GROUP = 64
 """Tokens that are represented by the most likely of them where a bound is looked for."""
-MARGIN = 1e-5
-"""Relative: bounds keep this distance from what rounding could do to them."""
+LOOKS = 3
+"""At a row, on average."""
 
 Array = np.ndarray[Any, Any]
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Samples:
+def sample(code: Code, logits: Tensor, batch: SamplingBatch) -> Samples:
     """See `Kernels.sample`."""
-    rows = zip(logits.float(), sampling.rows_of(batch), strict=True)
-    token_ids = torch.tensor([_choose(one, row) for one, row in rows], dtype=torch.int64)
+    if batch.plain:
+        token_ids = _choose(code, logits, batch)
+    else:
+        rows = zip(logits.float(), sampling.rows_of(batch), strict=True)
+        adjusted = torch.stack([sampling.adjust(one, row) for one, row in rows]) if len(logits) else logits.float()
+        token_ids = _choose(code, adjusted, batch)
+        token_ids.masked_fill_(~logits.isfinite().all(1), NOT_FINITE)
     if batch.top_n is None:
         return Samples(token_ids)
     return Samples(token_ids, *logprobs(logits, token_ids, batch.top_n))
 
 
-def largest(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [T, N] -> what `Kernels.linear_argmax` says of them."""
-    wide = rows.float()
-    ids = torch.tensor([_largest(one.numpy()) for one in wide], dtype=torch.int64)
-    return ids, wide.amax(-1)
+def _choose(code: Code, x: Tensor, batch: SamplingBatch) -> Tensor:
+    """x [R, V]: logits, or what was made of them."""
+    num_rows, width = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = torch.empty(num_rows, dtype=torch.int64)
+    dtype, adjusted = DTYPES[x.dtype], not batch.plain
+    numbers = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.noise_keys, out)
+    code.run(
+        f"choose_{'adjusted_' if adjusted else ''}{dtype}",
+        write_choose(dtype, adjusted=adjusted),
+        [x.data_ptr(), x.stride(0) * x.element_size(), *(each.data_ptr() for each in numbers), width],
+        num_rows,
+        cost=width * (1 if batch.greedy else LOOKS),
+    )
+    return out
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,66 +85,6 @@ def _most_likely(logits: Tensor, count: int) -> Tensor:
     return ids[logits[ids].sort(descending=True, stable=True).indices[:count]]
 
 
-def _largest(logits: Array) -> int:
-    """logits float32 [V] -> id of the largest, the lowest among equals, or NOT_FINITE."""
-    first = int(logits.argmax())  # numpy's is the first of equals, or of NaN
-    return first if math.isfinite(logits[first]) and math.isfinite(logits.min()) else NOT_FINITE
-
-
-def _choose(logits: Tensor, row: Row) -> int:
-    """logits float32 [V] -> a token, or NOT_FINITE, or NONE_ALLOWED."""
-    most_likely = _largest(logits.numpy())
-    if most_likely == NOT_FINITE:
-        return NOT_FINITE
-    adjusted = sampling.adjust(logits, row)
-    if adjusted is not logits:
-        most_likely = int(adjusted.numpy().argmax())
-        if adjusted[most_likely] == -math.inf:
-            return NONE_ALLOWED
-    if row.temperature == 0:
-        return most_likely
-    scaled = sampling.scale(adjusted, adjusted[most_likely], row)
-    if row.top_p == 1 and row.min_p == 0 and not 0 < row.top_k < len(scaled):
-        return _race(torch.arange(len(scaled)), torch.exp(scaled), row)
-    kept = _keep(scaled, row)
-    return _race(kept, torch.exp(scaled[kept]), row)
-
-
-def _keep(scaled: Tensor, row: Row) -> Tensor:
-    """scaled float32 [V] -> ids of the tokens that stay, rising."""
-    limited = 0 < row.top_k < len(scaled)
-    total = None if limited or row.top_p == 1 else torch.exp(scaled).sum(dtype=torch.float64)
-    ids = _at_least(scaled, _bound(scaled, row, total))
-    values = scaled[ids]
-    ordered = torch.from_numpy(np.sort(values.numpy())[::-1].copy())
-    if limited:
-        ordered = ordered[: row.top_k]
-    weights = torch.exp(ordered)
-    kept = sampling.count_kept(ordered, weights, weights.sum(dtype=torch.float64) if total is None else total, row)
-    last = ordered[kept - 1]
-    # Of those as likely as the last that stays, the lower ids stay.
-    equals = ids[values == last][: kept - int((ordered > last).sum())]
-    return torch.cat([ids[values > last], equals]).sort().values
-
-
-def _bound(scaled: Tensor, row: Row, total: Tensor | None) -> float | None:
-    """-> a number that every token that counts reaches; None where there is none to be had cheaply. total: of all
-    weights; None where top_k is set, whose weights all count, or top_p is not.
-
-    A group's most likely token is one of them all: at least as many tokens, and at least as much weight, reach a number
-    as among the groups' maxima.
-    """
-    maxima = torch.from_numpy(np.sort(_group_maxima(scaled).numpy())[::-1].copy())
-    if 0 < row.top_k < len(scaled):
-        return float(maxima[row.top_k - 1]) if row.top_k <= len(maxima) else None
-    bounds = [math.log(row.min_p) * (1 + MARGIN)] if row.min_p > 0 else []
-    if total is not None:
-        running = torch.exp(maxima).cumsum(0, dtype=torch.float64)
-        passed = (running > row.top_p * total * (1 + MARGIN)).nonzero()
-        bounds += maxima[passed[:1, 0]].tolist()
-    return max(bounds, default=None)
-
-
 def _group_maxima(values: Tensor) -> Tensor:
     """values float32 [V] -> float32 [ceil(V / GROUP)]"""
     missing = -len(values) % GROUP
@@ -143,12 +96,3 @@ def _at_least(values: Tensor, bound: float | None) -> Tensor:
     if bound is None:
         return torch.arange(len(values))
     return torch.from_numpy(np.flatnonzero(values.numpy() >= bound))
-
-
-def _race(ids: Tensor, weights: Tensor, row: Row) -> int:
-    """As `sampling.race`."""
-    best_case = weights / uniform(row.noise_keys, ids).float()
-    favourite = int(best_case.numpy().argmax())
-    reached = float(sampling.scores(ids[favourite : favourite + 1], weights[favourite : favourite + 1], row))
-    left = _at_least(best_case, reached * (1 - MARGIN))
-    return sampling.race(ids[left], weights[left], row)
