@@ -1,6 +1,6 @@
 """Write the reference pages from the declarations they describe.
 
-    python docs/generate.py          writes docs/api.md, docs/flags.md, docs/kernels.md and docs/metrics.md
+    python docs/generate.py          writes docs/api.md, flags.md, kernels.md, metrics.md and structured-outputs.md
     python docs/generate.py --check  ends with 1 if a page is not what would be written
 
 A test runs the check, so a page never says what the code does not.
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import api_reference
+import schema_reference
 from prometheus_client import CollectorRegistry
 
 from pronk.engine.config import EngineConfig
@@ -114,7 +115,13 @@ def _budget() -> str:
     return page
 
 
-PAGES = {"api.md": lambda: api_reference.page(NOTE), "flags.md": flags, "kernels.md": kernels, "metrics.md": metrics}
+PAGES = {
+    "api.md": lambda: api_reference.page(NOTE),
+    "flags.md": flags,
+    "kernels.md": kernels,
+    "metrics.md": metrics,
+    "structured-outputs.md": lambda: schema_reference.page(NOTE),
+}
 
 
 def main() -> int:
