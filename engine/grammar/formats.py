@@ -18,8 +18,9 @@ PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T
 ENFORCED = frozenset({*PATTERNS, "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
 """Formats of strings that are enforced."""
 
-INTEGERS = {"int32": 31, "int64": 63}
-"""OpenAPI's formats of integers -> bits beside the sign."""
+INTEGERS = {"int32": (-(2**31), 2**31 - 1), "int64": (-9 * 10**18, 9 * 10**18)}
+"""OpenAPI's formats of integers -> the least and the largest that is written. Those of 64 bits are a little fewer than
+there are: the grammar library has no bounds so near to what it counts in itself."""
 
 FLOATS = frozenset({"float", "double"})
 """OpenAPI's formats of numbers, which say how one is kept; any JSON number can be."""

@@ -308,8 +308,8 @@ class _Walk:
             if name in formats.PATTERNS:
                 schema.setdefault("allOf", []).append({"pattern": formats.PATTERNS[name]})
             elif name in formats.INTEGERS:
-                most = 2 ** formats.INTEGERS[name]
-                schema.setdefault("allOf", []).append({"minimum": -most, "maximum": most - 1})
+                least, most = formats.INTEGERS[name]
+                schema.setdefault("allOf", []).append({"minimum": least, "maximum": most})
         for schema in self._exclusives:
             # At most one of a oneOf can match, so that any does.
             if "anyOf" in schema:
