@@ -6,6 +6,7 @@ all threads busy, or in one go, depends on how much there is to do, and that cha
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,9 @@ from pronk.kernels.cpu.attention_kernels import (
     write_attend,
     write_merge,
 )
+from pronk.kernels.cpu.attention_tiles import MOST_ROWS, write_attend_on_tiles
 from pronk.kernels.cpu.code import DTYPES, Code, contiguous
-from pronk.kernels.cpu.instructions import LANES
+from pronk.kernels.cpu.instructions import LANES, tile_config
 from pronk.kernels.interface import AttentionPlan, LayerCache, Queries
 
 FLOPS_A_NANOSECOND = 50
@@ -61,10 +63,12 @@ def plan_attention(code: Code, queries: Queries, *, num_heads: int, cache: Layer
         raise ValueError(f"{group} query heads share a KV head: the CPU kernels have up to {TILE_ROWS}")
     if block_size % KEYS or SPLIT % block_size:
         raise ValueError(f"blocks of {block_size} tokens: the CPU kernels have powers of two up to {SPLIT}")
-    pieces = _pieces(queries, TILE_ROWS // group)
+    most_rows = MOST_ROWS if _on_tiles(code, cache) else TILE_ROWS
+    pieces = _pieces(queries, most_rows // group)
     splits = sum(-(-(position + count) // SPLIT) for _, count, position, _ in pieces)
     enough = ITEMS_PER_THREAD * code.team.num_threads
-    apart = len(pieces) * num_kv_heads < enough and splits > len(pieces)
+    few_rows = all(count * group <= TILE_ROWS for _, count, _, _ in pieces)
+    apart = few_rows and len(pieces) * num_kv_heads < enough and splits > len(pieces)
     items, merges, partials = [], [], 0
     for first, count, position, sequence in pieces:
         num_splits = -(-(position + count) // SPLIT)
@@ -99,6 +103,10 @@ def _pieces(queries: Queries, tokens: int) -> list[tuple[int, int, int, int]]:
     return found
 
 
+def _on_tiles(code: Code, cache: LayerCache) -> bool:
+    return code.instructions.tiles and cache.keys.dtype == torch.bfloat16 and cache.keys.shape[3] % 32 == 0
+
+
 def _flops(piece: tuple[int, int, int, int], width: int) -> int:
     """Of one KV head. width: numbers of its query heads together."""
     _, count, position, _ = piece
@@ -118,9 +126,11 @@ def attention(code: Code, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> 
     _, num_kv_heads, block_size, head_dim = cache.keys.shape
     dtype = DTYPES[q.dtype]
     partials = (plan.partial_sums.data_ptr(), plan.partial_stats.data_ptr())
+    on_tiles = _on_tiles(code, cache)
+    config = ctypes.create_string_buffer(tile_config([TILE_ROWS] * 8))
     code.run(
-        f"attend_{dtype}_{head_dim}",
-        write_attend(dtype, head_dim),
+        f"attend_on_tiles_{head_dim}" if on_tiles else f"attend_{dtype}_{head_dim}",
+        write_attend_on_tiles(head_dim) if on_tiles else write_attend(dtype, head_dim),
         [
             q.data_ptr(),
             cache.keys.data_ptr(),
@@ -133,6 +143,7 @@ def attention(code: Code, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> 
             num_kv_heads,
             block_size,
             *partials,
+            ctypes.addressof(config),
         ],
         len(plan.items) * num_kv_heads,
         plan.cost,

@@ -108,17 +108,16 @@ def write_attend(dtype: str, head_dim: int) -> Write:
 
 def _attend(kernel: Attend, number: Value, kv_head: Value) -> None:
     f, a, scratch = kernel.f, kernel.a, kernel.scratch
-    place = a["items"] + number * (8 * len(ITEM))
-    item = {name: f.load(place + 8 * index, I64) for index, name in enumerate(ITEM)}
+    item = item_of(kernel, number)
     group = a["num_heads"] // a["num_kv_heads"]
     num_rows = item["num_tokens"] * group
     row_groups = (num_rows + (ROWS - 1)) // ROWS
     _load_queries(kernel, item, kv_head, group, row_groups * ROWS, num_rows)
     table = a["block_tables"] + item["sequence"] * a["table_width"] * 8
     limit = item["first_position"] + item["num_tokens"]
-    _clear(f, scratch.totals, scratch.total_stats, row_groups * ROWS, kernel.head_dim)
+    clear(f, scratch.totals, scratch.total_stats, row_groups * ROWS, kernel.head_dim)
     with f.loop(item["first_split"], item["end_split"]) as split:
-        _clear(f, scratch.sums, scratch.stats, row_groups * ROWS, kernel.head_dim)
+        clear(f, scratch.sums, scratch.stats, row_groups * ROWS, kernel.head_dim)
         end = f.smaller((split + 1) * SPLIT, limit)
         with f.loop(split * SPLIT, end, TILE) as start:
             count = f.smaller(end - start, TILE)
@@ -127,14 +126,19 @@ def _attend(kernel: Attend, number: Value, kv_head: Value) -> None:
                 _weigh(kernel, row, start, item["first_position"] + row // group)
             _add_values(kernel, table, kv_head, start, count, row_groups)
         with f.when(item["partial"] < 0), f.loop(0, num_rows) as row:
-            _merge(kernel, row, scratch.sums + row * (kernel.head_dim * 4), scratch.stats + row * 8)
+            merge(kernel, row, scratch.sums + row * (kernel.head_dim * 4), scratch.stats + row * 8)
     with f.when(item["partial"] < 0), f.loop(0, num_rows) as row:
         token, head = item["first_token"] + row // group, kv_head * group + row % group
-        _finish(kernel, row, a["out"] + (token * a["num_heads"] + head) * kernel.head_bytes)
+        finish(kernel, row, a["out"] + (token * a["num_heads"] + head) * kernel.head_bytes)
     with f.when(item["partial"] >= 0), f.loop(0, num_rows) as row:
         to = (item["partial"] * a["num_kv_heads"] + kv_head) * TILE_ROWS + row
-        _copy(f, scratch.sums + row * (kernel.head_dim * 4), a["partial_sums"] + to * (kernel.head_dim * 4), kernel)
+        copy_sums(f, scratch.sums + row * (kernel.head_dim * 4), a["partial_sums"] + to * (kernel.head_dim * 4), kernel)
         f.store(f.load(scratch.stats + row * 8, vector(F32, 2)), a["partial_stats"] + to * 8)
+
+
+def item_of(kernel: Attend, number: Value) -> dict[str, Value]:
+    place = kernel.a["items"] + number * (8 * len(ITEM))
+    return {name: kernel.f.load(place + 8 * index, I64) for index, name in enumerate(ITEM)}
 
 
 def _load_queries(
@@ -154,7 +158,7 @@ def _load_queries(
             f.store(kernel.load_head(source, n) * kernel.head_dim**-0.5, target + n * LANES * 4)
 
 
-def _clear(f: Function, sums: Value, stats: Value, rows: Value, head_dim: int) -> None:
+def clear(f: Function, sums: Value, stats: Value, rows: Value, head_dim: int) -> None:
     with f.loop(0, rows) as row:
         for n in range(head_dim // LANES):
             f.store(f.value(0.0, FLOATS), sums + row * (head_dim * 4) + n * LANES * 4)
@@ -162,7 +166,7 @@ def _clear(f: Function, sums: Value, stats: Value, rows: Value, head_dim: int) -
         f.store(f.value(0.0, F32), stats + row * 8 + 4)
 
 
-def _address(kernel: Attend, cache: str, table: Value, kv_head: Value, position: Value) -> Value:
+def position_address(kernel: Attend, cache: str, table: Value, kv_head: Value, position: Value) -> Value:
     """Of a position's key or value."""
     a = kernel.a
     block = kernel.f.load(table + position // a["block_size"] * 8, I64)
@@ -174,7 +178,7 @@ def _score(kernel: Attend, table: Value, kv_head: Value, start: Value, count: Va
     """Scores of a tile. Keys up to the next multiple of KEYS are read: whatever they are, their scores are not used."""
     f, scratch = kernel.f, kernel.scratch
     with f.loop(0, count, KEYS) as key:
-        keys = _address(kernel, "keys", table, kv_head, start + key)
+        keys = position_address(kernel, "keys", table, kv_head, start + key)
         with f.loop(0, row_groups) as rows:
             q = scratch.q + rows * (ROWS * kernel.head_dim * 4)
             sums: list[Value | None] = [None] * (ROWS * KEYS)
@@ -248,7 +252,7 @@ def _add_values(kernel: Attend, table: Value, kv_head: Value, start: Value, coun
             for r in range(ROWS)
         ]
         with f.loop(0, count) as key:
-            values = _address(kernel, "values", table, kv_head, start + key)
+            values = position_address(kernel, "values", table, kv_head, start + key)
             own = [kernel.load_head(values, n) for n in range(kernel.vectors)]
             for r in range(ROWS):
                 weight = f.load(scratch.scores + ((rows * ROWS + r) * TILE + key) * 4, F32).broadcast(LANES)
@@ -259,7 +263,7 @@ def _add_values(kernel: Attend, table: Value, kv_head: Value, start: Value, coun
                 f.store(sums[r][n].get(), place + (r * kernel.head_dim + n * LANES) * 4)
 
 
-def _merge(kernel: Attend, row: Value, sums: Value, stats: Value) -> None:
+def merge(kernel: Attend, row: Value, sums: Value, stats: Value) -> None:
     """totals += a split's sums, both scaled to the larger of their largest scores."""
     f, scratch = kernel.f, kernel.scratch
     place = scratch.total_stats + row * 8
@@ -274,7 +278,7 @@ def _merge(kernel: Attend, row: Value, sums: Value, stats: Value) -> None:
         f.store(scaled + f.load(sums + n * LANES * 4, FLOATS) * new.broadcast(LANES), at)
 
 
-def _finish(kernel: Attend, row: Value, out: Value) -> None:
+def finish(kernel: Attend, row: Value, out: Value) -> None:
     f, scratch = kernel.f, kernel.scratch
     total = f.load(scratch.total_stats + row * 8 + 4, F32).broadcast(LANES)
     for n in range(kernel.vectors):
@@ -282,7 +286,7 @@ def _finish(kernel: Attend, row: Value, out: Value) -> None:
         store_floats(f, kernel.dtype, value, out + n * LANES * ITEM_BYTES[kernel.dtype])
 
 
-def _copy(f: Function, source: Value, target: Value, kernel: Attend) -> None:
+def copy_sums(f: Function, source: Value, target: Value, kernel: Attend) -> None:
     for n in range(kernel.vectors):
         f.store(f.load(source + n * LANES * 4, FLOATS), target + n * LANES * 4)
 
@@ -299,12 +303,12 @@ def write_merge(dtype: str, head_dim: int) -> Write:
             kv_head = number % a["num_kv_heads"]
             item = {name: f.load(place + 8 * index, I64) for index, name in enumerate(MERGE_ITEM)}
             with f.loop(0, item["num_tokens"] * group) as row:
-                _clear(f, scratch.totals, scratch.total_stats, f.value(1), head_dim)
+                clear(f, scratch.totals, scratch.total_stats, f.value(1), head_dim)
                 with f.loop(0, item["num_splits"]) as split:
                     source = ((item["partial"] + split) * a["num_kv_heads"] + kv_head) * TILE_ROWS + row
                     sums = a["partial_sums"] + source * (head_dim * 4)
-                    _merge(kernel, f.value(0), sums, a["partial_stats"] + source * 8)
+                    merge(kernel, f.value(0), sums, a["partial_stats"] + source * 8)
                 token, head = item["first_token"] + row // group, kv_head * group + row % group
-                _finish(kernel, f.value(0), a["out"] + (token * a["num_heads"] + head) * kernel.head_bytes)
+                finish(kernel, f.value(0), a["out"] + (token * a["num_heads"] + head) * kernel.head_bytes)
 
     return write

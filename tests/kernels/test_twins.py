@@ -372,7 +372,9 @@ def test_attention(kernels: Kernels, case: AttentionCase, dtype: torch.dtype) ->
     actual = attend(kernels, inputs)
     expected = definition(inputs)
     assert actual.dtype == dtype
-    assert_within(actual, expected, cases.attention_bound(inputs, expected, dtype))
+    # On tile registers weights have the dtype of what they meet.
+    weights = dtype if kernels is SETS["cpu"] and dtype == torch.bfloat16 else torch.float32
+    assert_within(actual, expected, cases.attention_bound(inputs, expected, dtype, weights))
     assert torch.equal(inputs.q, kept[0])
     assert same_bits(inputs.cache.keys, kept[1])
     assert same_bits(inputs.cache.values, kept[2])
