@@ -89,7 +89,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int | None = option(
         None,
         "tokens in one step, prompts and answers together; smaller steps keep streams smoother while long prompts "
-        "are read (default: 256 on a CPU, 4096 on a GPU)",
+        "are read (default: 128 on a CPU, 4096 on a GPU)",
         flag="--max-num-batched-tokens",
     )
 

@@ -32,7 +32,7 @@ from pronk.engine.weights.progress import track
 from pronk.kernels import for_device
 from pronk.kernels.interface import Kernels, Queries, Samples, WeightFormat
 
-CPU_STEP_TOKENS = 256
+CPU_STEP_TOKENS = 128
 GPU_STEP_TOKENS = 4096
 SCORED_TOGETHER = 64
 """Rows of logits that are worked out at once for log probabilities of a prompt: 32 MB of a large vocabulary."""

@@ -65,6 +65,14 @@ class Read:
     prompt: list[int]
 
 
+async def _check_constraint(model: ServedModel, read: Read) -> None:
+    """Raises InvalidParameterError that names the field: that of the form, if it is to blame, else that of tools."""
+    await check_grammar(model, read.form, NAMES["structured_outputs"])
+    if read.tools is not None and read.grammar is not read.form:
+        bound = [(f"tools[{place}].parameters", grammar) for place, grammar in read.tools.bound_arguments()]
+        await check_grammar(model, read.grammar, "tools", bound)
+
+
 Asked = TypeVar("Asked", bound=PromptFields)
 
 
@@ -88,7 +96,7 @@ async def create_response(request: HTTPRequest) -> Response:
     model = service.require()
     asked, read = await _read(ResponseRequest, request, model)
     params = asked.sampling_params(model.defaults, read.grammar)
-    await check_grammar(model, read.grammar, NAMES["structured_outputs"])
+    await _check_constraint(model, read)
     model = service.admit()
     if asked.background:  # its own record: this HTTP request ends before the work does
         record = RequestRecord(request_id=record.request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import threading
 from typing import Any
 
@@ -37,6 +38,11 @@ def tools(*parameters: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": function} for function in functions(*parameters, **fields)]
 
 
+def flat(*parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """As the Responses API has them."""
+    return [{"type": "function", "strict": True, **function} for function in functions(*parameters)]
+
+
 def form(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
 
@@ -61,6 +67,21 @@ CALL = {
 )
 async def test_an_error_names_the_function_that_is_to_blame(connect: Connect, body: dict[str, Any], param: str) -> None:
     reply = await connect().chat(model="tiny", messages=USER, **body)
+    assert reply.status == 400
+    assert reply.json["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": flat(CLOSED, IMPOSSIBLE), "tool_choice": "required"}, "tools[1].parameters"),
+        ({"tools": flat(CLOSED), "text": {"format": {"type": "json_schema", "name": "x", "schema": CALL}}}, "tools"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": IMPOSSIBLE}}}, "text.format"),
+    ],
+)
+async def test_an_error_of_a_response_does_so_too(connect: Connect, body: dict[str, Any], param: str) -> None:
+    data = json.dumps({"model": "tiny", "input": "Hi", **body}).encode()
+    reply = await connect().call("POST", "/v1/responses", data)
     assert reply.status == 400
     assert reply.json["error"]["param"] == param
 
