@@ -297,9 +297,7 @@ def main() -> None:
             out.write(text + "\n")
             out.flush()
 
-    say(
-        f"`python bench/cpu.py --threads {asked.threads}`, {datetime.date.today()}, {_processor()}, {asked.threads} threads"
-    )
+    say(f"`python bench/cpu.py --threads {asked.threads}`, {datetime.date.today()}, {_processor()}")
     say(f"\n{kernels.describe(BFLOAT16)}\n")
     limits = ceilings(Team(asked.threads))
     for name, value in limits.items():

@@ -56,7 +56,7 @@ class Engine:
 
     def answers(self, kernels: Kernels, *, one_by_one: bool) -> dict[str, Answer]:
         device = self.device if kernels is gpu else "cpu"
-        self.monkeypatch.setattr(runners, "for_device", lambda device, vendor_products: kernels)
+        self.monkeypatch.setattr(runners, "for_device", lambda device, **options: kernels)
         config = replace(
             EngineConfig(model=str(self.folder), device=device, max_model_len=200, enforce_eager=True),
             memory="4MiB",
