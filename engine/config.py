@@ -123,8 +123,8 @@ class EngineConfig:
     quantization: str = option(
         "none",
         "keep the linear layers' weights in fewer bits: int8 and (GPU only) fp8 with a scale for each output, (GPU "
-        "only) int4 with one for each 32 inputs and an int8 head; the embedding stays as it is. On a CPU int8 rounds "
-        "their inputs to 8 bits too",
+        "only) int4 with one for each 32 inputs and an int8 head; the embedding stays as it is. On a CPU int8 "
+        "rounds their inputs to 15 bits",
         flag="--quantization",
         choices=QUANTIZATIONS,
     )

@@ -315,9 +315,9 @@ def linear_bound(x: Tensor, weight: Tensor, expected: Tensor, dtype: torch.dtype
 
 
 def int8_bound(x: Tensor, weight: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
-    """As linear_bound, where x [T, K] is rounded to int8 too: each number by half a step, of 1/127 of its row's
+    """As linear_bound, where x [T, K] is rounded to 15 bits too: each number by half a step, of 1/16319 of its row's
     largest."""
-    steps = x.double().abs().amax(1, keepdim=True) / 127
+    steps = x.double().abs().amax(1, keepdim=True) / 16319
     error = steps / 2 * (1 + 4 * FLOAT32_ROUNDOFF) * weight.double().abs().sum(1)
     return rounded(expected, error + sum_error(4) * (expected.abs() + error), dtype)
 

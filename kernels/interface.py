@@ -185,7 +185,7 @@ class Kernels(Protocol):
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """x [T, K] -> x · weightᵀ [T, N]; sums in float32, rounded once. With an int8 weight a set may round each row
-        of x to int8 as well, as if it were a weight's, and add integers; `describe` says so."""
+        of x to 15 bits, with a scale of its own, and add integers."""
 
     def linear_silu_mul(self, x: Tensor, weight: Weight) -> Tensor:
         """silu_mul(linear(x, weight)): weight [2F, K], gate first -> [T, F]."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from pronk.kernels.cpu.code import DTYPES, Code, contiguous
 from pronk.kernels.cpu.instructions import LANES, TILE_ROWS, tile_config
 from pronk.kernels.cpu.packing import write_interleave, write_rows_of
-from pronk.kernels.cpu.products import GROUP, UNIT, Kind, on_tiles, write_product
+from pronk.kernels.cpu.products import GROUP, PLANES, UNIT, Kind, on_tiles, write_product
 from pronk.kernels.cpu.rows import write_quantize, write_widen
 from pronk.kernels.interface import Weight, WeightFormat
 
@@ -79,7 +79,7 @@ def _round(code: Code, rows: Tensor, scales: Tensor) -> Tensor:
     dtype, width = DTYPES[rows.dtype], rows.shape[1]
     out = torch.empty(rows.shape, dtype=torch.int8)
     addresses = [rows.data_ptr(), out.data_ptr(), scales.data_ptr()]
-    code.run(f"quantize_{dtype}", write_quantize(dtype), [*addresses, width, width], len(rows), cost=width)
+    code.run(f"quantize_{dtype}", write_quantize(dtype, 1), [*addresses, width, width], len(rows), cost=width)
     return out
 
 
@@ -129,12 +129,13 @@ def _prepare(code: Code, x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tenso
     dtype = DTYPES[x.dtype]
     padded_width = weight.data.shape[1] * UNIT[weight.kind]
     if weight.kind == "int8":
-        kind, name, write = torch.int8, f"quantize_{dtype}", write_quantize(dtype)
+        kind, name, write = torch.int8, f"quantize_x_{dtype}", write_quantize(dtype, PLANES)
     elif on_tiles(code.instructions, weight.kind) or (dtype == "float32" and padded_width == width):
         return x if padded_width == width else F.pad(x, (0, padded_width - width)), None
     else:
         kind, name, write = torch.float32, f"widen_{dtype}", write_widen(dtype)
-    rows = (torch.empty if padded_width == width else torch.zeros)(num_rows, padded_width, dtype=kind)
+    planes = _planes(weight)
+    rows = (torch.empty if padded_width == width else torch.zeros)(num_rows * planes, padded_width, dtype=kind)
     scales = torch.empty(num_rows) if weight.kind == "int8" else None
     addresses = [x.data_ptr(), rows.data_ptr(), *([] if scales is None else [scales.data_ptr()])]
     code.run(name, write, [*addresses, width, padded_width], num_rows, cost=width / 4)
@@ -142,7 +143,8 @@ def _prepare(code: Code, x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tenso
 
 
 def _multiply(code: Code, rows: Tensor, scales: Tensor | None, weight: PackedWeight, out: Tensor) -> None:
-    num_rows = len(rows)
+    """rows: as `_prepare` makes them, one after the other for each row of out."""
+    num_rows, planes = len(rows), _planes(weight)
     if not on_tiles(code.instructions, weight.kind):
         _run(code, rows, scales, weight, out, 0, (0, 0))
         return
@@ -155,9 +157,14 @@ def _multiply(code: Code, rows: Tensor, scales: Tensor | None, weight: PackedWei
             config = ctypes.create_string_buffer(
                 tile_config([first, first, unused, unused, first, unused, TILE_ROWS, TILE_ROWS])
             )
-            own = None if scales is None else scales[start:stop]
-            address = ctypes.addressof(config)
-            _run(code, rows[start:stop], own, weight, out[start:stop], address, (first, second))
+            asked = slice(start // planes, stop // planes)
+            own = None if scales is None else scales[asked]
+            _run(code, rows[start:stop], own, weight, out[asked], ctypes.addressof(config), (first, second))
+
+
+def _planes(weight: PackedWeight) -> int:
+    """Rows that are multiplied for each row of x."""
+    return PLANES if weight.kind == "int8" else 1
 
 
 def _run(
@@ -179,7 +186,7 @@ def _run(
             weight.data.data_ptr(),
             rows.data_ptr(),
             out.data_ptr(),
-            len(rows),
+            len(out),
             weight.data.shape[1],
             out.stride(0) * out.element_size(),
             0 if weight.scales is None else weight.scales.data_ptr(),

@@ -4,6 +4,10 @@ Layout. Outputs lie in blocks of LANES, and inputs in units of four bytes: a uni
 float16, or four int8. [N / LANES][K / unit][LANES][unit]: one vector holds a unit of every output of a block, and to
 read a block is to read memory in order, whatever the instructions are. AMX's tiles are 16 such vectors.
 
+int8. A weight's numbers have 8 bits, and those of x 15: a row becomes two of int8, of which one counts 128 times as
+much as the other. The largest number of a row sets its scale, and in a Llama's activations it is often dozens of times
+what the others are: with 8 bits little would be left of them. Few streams wait for the weights anyway.
+
 Numbers, promise 1. An output is a lane, and its products are added in the order of the inputs, by one `fma` each; in
 integers the order is of no matter. On tiles the instruction has an order of its own, the same for each row of x. None
 depends on T, or on the other rows.
@@ -40,14 +44,18 @@ from pronk.kernels.jit.emit import F16, F32, I8, I32, Function, Value, Variable,
 Kind = Literal["float32", "bfloat16", "float16", "int8"]
 """Of a weight's numbers."""
 
+PLANES = 2
+"""Rows of int8 for each row of x."""
+PLANE_FACTOR = 128.0
+"""What the first of them counts more than the second."""
 UNIT = {"float32": 1, "bfloat16": 2, "float16": 2, "int8": 4}
 """Inputs in four bytes."""
 GROUP = 2
 """Blocks that are multiplied together: an item of the work."""
 ARGUMENTS = ("weights", "x", "out", "num_rows", "num_units", "out_stride", "weight_scales", "weight_sums", "x_scales",
              "config", "first_rows", "second_rows")  # fmt: skip
-"""Addresses; counts; bytes from one row of `out` to the next. x is float32, or int8 with scales, or, for tiles,
-bfloat16: rows of num_units · 4 bytes, or num_units numbers of float32 for each of a unit."""
+"""Addresses; counts; bytes from one row of `out` to the next. x is float32 [rows, inputs], or for tiles bfloat16; for
+int8 weights it is int8 [rows, 2, inputs], as `rows.write_quantize` makes it, with scales. num_rows counts `out`'s."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,10 @@ def _multiply_in_lanes(job: Job, instructions: Instructions) -> None:
     vector takes two. What rows are left go by in smaller tiles."""
     f = job.f
     together = range(GROUP) if instructions.wide else (0,)
-    sizes = (12, 8, 4, 2, 1) if instructions.wide else (4, 3, 2, 1) if job.kind == "int8" else (5, 4, 3, 2, 1)
+    if job.kind == "int8":
+        sizes: tuple[int, ...] = (6, 4, 2, 1) if instructions.wide else (2, 1)
+    else:
+        sizes = (12, 8, 4, 2, 1) if instructions.wide else (5, 4, 3, 2, 1)
     with f.loop(0, GROUP, len(together)) as first:
         blocks = [first + n for n in together]
         full = job.num_rows // sizes[0] * sizes[0]
@@ -173,18 +184,18 @@ def _numbers(f: Function, kind: Kind, address: Value, *, prefetch: bool) -> list
 def _tile_of_integers(job: Job, dot: Dot, row: Value, count: int, numbers: list[Value]) -> None:
     f = job.f
     zero = f.value(0, vector(I32, LANES))
-    sums = [[Variable(f, zero) for _ in range(count)] for _ in numbers]
-    rows = [job.x + (row + m) * job.num_units * 4 for m in range(count)]
+    sums = [[Variable(f, zero) for _ in range(PLANES * count)] for _ in numbers]
+    rows = [job.x + (row * PLANES + m) * job.num_units * 4 for m in range(PLANES * count)]
     blocks = [job.block(number) for number in numbers]
     with f.loop(0, job.num_units) as k:
         weights = []
         for block in blocks:
             address = block + k * (4 * LANES)
-            if count <= 2:
+            if count == 1:
                 f.prefetch(address + 4096)
             weights.append(f.load(address, vector(I8, 4 * LANES)))
-        for m in range(count):
-            x = f.load(rows[m] + k * 4, I32)
+        for m, address in enumerate(rows):
+            x = f.load(address + k * 4, I32)
             if is_offset(dot):
                 x = x ^ -0x7F7F7F80
             x = x.broadcast(LANES).bits(vector(I8, 4 * LANES))
@@ -192,32 +203,35 @@ def _tile_of_integers(job: Job, dot: Dot, row: Value, count: int, numbers: list[
                 sums[n][m].set(dot_product(f, dot, sums[n][m].get(), weights[n], x))
     for n, number in enumerate(numbers):
         scales = job.outputs("weight_scales", number, vector(F32, LANES))
+        totals = [each.get() for each in sums[n]]
+        if is_offset(dot):
+            totals = [total - (job.outputs("weight_sums", number, vector(I32, LANES)) << 7) for total in totals]
         for m in range(count):
-            total = sums[n][m].get()
-            if is_offset(dot):
-                total = total - (job.outputs("weight_sums", number, vector(I32, LANES)) << 7)
-            job.store(_scaled(job, total, scales, row + m), row + m, number)
+            job.store(_scaled(job, totals[PLANES * m], totals[PLANES * m + 1], scales, row + m), row + m, number)
 
 
-def _scaled(job: Job, total: Value, scales: Value, row: Value) -> Value:
-    """Integers -> what they stand for: float32 [LANES]."""
+def _scaled(job: Job, upper: Value, lower: Value, scales: Value, row: Value) -> Value:
+    """The sums of both planes -> what they stand for: float32 [LANES]. Each is converted, the two are added, the sum is
+    multiplied by the weight's scale and then by x's: always so, with whatever instructions the sums were made."""
+    floats = vector(F32, LANES)
     x_scale = job.f.load(job.x_scales + row * 4, F32).broadcast(LANES)
-    return total.to(vector(F32, LANES)) * scales * x_scale
+    return (upper.to(floats) * PLANE_FACTOR + lower.to(floats)) * scales * x_scale
 
 
 # On tiles: 0 to 3 hold sums of (rows, block), 4 and 5 rows, 6 and 7 blocks
 
 
 def _multiply_on_tiles(job: Job, scratch: Value) -> None:
-    """Rows 32 at a time, first_rows and second_rows of them in their tiles: 16 and 16, or what is left."""
+    """Rows of x 32 at a time, first_rows and second_rows of them in their tiles: 16 and 16, or what is left."""
     f = job.f
     step = job.first_rows + job.second_rows
+    all_rows = job.num_rows * (PLANES if job.kind == "int8" else 1)
     with f.when(job.second_rows > 0):
         row = f.variable(0)
         with f.repeat_while() as repeat:
             _tiles(job, scratch, row.get(), 2)
             row.set(row.get() + step)
-            repeat.stop_when(row.get() >= job.num_rows)
+            repeat.stop_when(row.get() >= all_rows)
     with f.when(job.second_rows <= 0):
         _tiles(job, scratch, f.value(0), 1)
 
@@ -242,11 +256,13 @@ def _tiles(job: Job, scratch: Value, row: Value, count: int) -> None:
             tile = 2 * m + n
             place = scratch + tile * TILE_ROWS * TILE_BYTES
             store_tile(f, tile, place, f.value(TILE_BYTES))
-            scales = job.outputs("weight_scales", n, vector(F32, LANES)) if job.kind == "int8" else None
-            with f.loop(0, tile_rows) as i:
-                own = row + i + (job.first_rows if m else 0)
-                if scales is None:
-                    job.store(f.load(place + i * TILE_BYTES, vector(F32, LANES)), own, n)
-                else:
-                    total = f.load(place + i * TILE_BYTES, vector(I32, LANES))
-                    job.store(_scaled(job, total, scales, own), own, n)
+            first = row + (job.first_rows if m else 0)
+            if job.kind == "bfloat16":
+                with f.loop(0, tile_rows) as i:
+                    job.store(f.load(place + i * TILE_BYTES, vector(F32, LANES)), first + i, n)
+                continue
+            scales = job.outputs("weight_scales", n, vector(F32, LANES))
+            with f.loop(0, tile_rows, PLANES) as i:
+                totals = [f.load(place + (i + plane) * TILE_BYTES, vector(I32, LANES)) for plane in range(PLANES)]
+                own = (first + i) // PLANES
+                job.store(_scaled(job, totals[0], totals[1], scales, own), own, n)

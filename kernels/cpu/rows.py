@@ -12,7 +12,8 @@ from pronk.kernels.cpu.code import ITEM_BYTES, Write, arguments_of, in_lanes, lo
 from pronk.kernels.cpu.instructions import LANES
 from pronk.kernels.jit.emit import F32, I8, I32, I64, Function, Value, vector
 
-LARGEST_INT8 = 127.0
+LARGEST = {1: 127.0, 2: 16319.0}
+"""By the planes that a number is spread over: 127 · 128 + 63, since the second plane holds -64 to 63."""
 SMALLEST = 1.1754943508222875e-38
 """Normal number of float32."""
 
@@ -21,7 +22,7 @@ SILU_MUL = ("gate_up", "out", "width")
 ROPE = ("qkv", "positions", "cos_sin", "slots", "keys", "values", "out", "num_heads", "num_kv_heads", "head_dim",
         "block_size")  # fmt: skip
 QUANTIZE = ("x", "out", "scales", "width", "padded_width")
-LARGEST = ("x", "ids", "values", "width")
+FIND_LARGEST = ("x", "ids", "values", "width")
 WIDEN = ("x", "out", "width", "padded_width")
 
 
@@ -139,9 +140,10 @@ def write_rope_and_cache(dtype: str) -> Write:
     return write
 
 
-def write_quantize(dtype: str) -> Write:
-    """x [T, width] -> int8 [T, padded_width] and scales float32 [T]: the largest magnitude is 127. Nobody writes to
-    places past the width. The scale of a row that is not finite is not."""
+def write_quantize(dtype: str, planes: int) -> Write:
+    """x [T, width] -> int8 [T, planes, padded_width] and scales float32 [T]: x is about scale · plane, or scale ·
+    (128 · first plane + second plane), and its largest magnitude has the largest number. Nobody writes to places past
+    the width. The scale of a row that is not finite is not."""
     size = ITEM_BYTES[dtype]
 
     def write(f: Function) -> None:
@@ -160,14 +162,21 @@ def write_quantize(dtype: str) -> Write:
             in_lanes(f, a["width"], measure)
             most = f.maximum(f.tree(largest.get(), f.maximum), last.get())
             # A row of zeros has any scale; one that is not zero keeps the quotient finite.
-            scale = f.maximum(most / LARGEST_INT8, f.value(SMALLEST, F32))
+            scale = f.maximum(most / LARGEST[planes], f.value(SMALLEST, F32))
             f.store(scale, a["scales"] + row * 4)
 
             def round_off(place: Value, lanes: int) -> None:
                 x = load_floats(f, dtype, a["x"] + start + place * size, lanes)
                 ints, bytes = (vector(I32, lanes), vector(I8, lanes)) if lanes > 1 else (I32, I8)
                 nearest = f.nearest(x / (scale.broadcast(lanes) if lanes > 1 else scale))
-                f.store(nearest.to(ints).to(bytes), a["out"] + row * a["padded_width"] + place)
+                number = nearest.to(ints)
+                target = a["out"] + row * a["padded_width"] * planes + place
+                if planes == 2:
+                    # The shift brings zeros in, and the sign is among the bits that then are left out.
+                    upper = (number + 64) >> 7
+                    f.store((number - (upper << 7)).to(bytes), target + a["padded_width"])
+                    number = upper
+                f.store(number.to(bytes), target)
 
             in_lanes(f, a["width"], round_off)
 
@@ -182,7 +191,7 @@ def write_largest(dtype: str) -> Write:
     size = ITEM_BYTES[dtype]
 
     def write(f: Function) -> None:
-        a = arguments_of(f, LARGEST)
+        a = arguments_of(f, FIND_LARGEST)
         values, places = f.stack(4 * LANES), f.stack(8 * LANES)
 
         def find(row: Value) -> None:
