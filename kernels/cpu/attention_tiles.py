@@ -39,6 +39,7 @@ from pronk.kernels.cpu.instructions import (
     multiply_tiles,
     release_tiles,
     store_tile,
+    transposed,
     zero_tile,
 )
 from pronk.kernels.jit.emit import F32, I16, I32, Function, Value, vector
@@ -234,20 +235,6 @@ def _weigh(kernel: Attend, packed: Packed, rows: Value, start: Value) -> None:
         lines = [f.load(packed.pairs + (half * 16 + pair) * 64, WORDS) for pair in range(16)]
         for row, line in enumerate(transposed(lines)):
             f.store(line, packed.weights + half * REGISTER_BYTES + row * TILE_BYTES)
-
-
-def transposed(lines: list[Value]) -> list[Value]:
-    """As many vectors as they have lanes: what lies on the two sides of the diagonal changes places, in ever less."""
-    half = len(lines) // 2
-    while half:
-        for number in range(len(lines)):
-            if not number & half:
-                one, other = lines[number], lines[number | half]
-                kept = [lane if not lane & half else LANES + (lane ^ half) for lane in range(LANES)]
-                taken = [lane | half if not lane & half else LANES + lane for lane in range(LANES)]
-                lines[number], lines[number | half] = one.lanes(kept, other), one.lanes(taken, other)
-        half //= 2
-    return lines
 
 
 def _add_values(kernel: Attend, packed: Packed, rows: Value) -> None:

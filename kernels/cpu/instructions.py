@@ -124,6 +124,20 @@ def joined(one: Value, two: Value) -> Value:
     return one.lanes(range(2 * one.type.count), two)
 
 
+def transposed(lines: list[Value]) -> list[Value]:
+    """As many vectors as they have lanes: what lies on the two sides of the diagonal changes places, in ever less."""
+    half = len(lines) // 2
+    while half:
+        for number in range(len(lines)):
+            if not number & half:
+                one, other = lines[number], lines[number | half]
+                kept = [lane if not lane & half else LANES + (lane ^ half) for lane in range(LANES)]
+                taken = [lane | half if not lane & half else LANES + lane for lane in range(LANES)]
+                lines[number], lines[number | half] = one.lanes(kept, other), one.lanes(taken, other)
+        half //= 2
+    return lines
+
+
 # Tile registers
 
 

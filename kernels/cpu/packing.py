@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pronk.kernels.cpu.code import Write, arguments_of
-from pronk.kernels.cpu.instructions import LANES
+from pronk.kernels.cpu.instructions import LANES, transposed
 from pronk.kernels.jit.emit import I8, I32, I64, Function, Value, vector
 
 ROWS_OF = ("ids", "data", "out", "num_units")
+WORDS = vector(I32, LANES)
 INTERLEAVE = ("rows", "row_bytes", "num_rows", "row_units", "out", "num_units", "sums")
 
 
@@ -18,11 +19,16 @@ def write_interleave(*, sums: bool) -> Write:
         a = arguments_of(f, INTERLEAVE)
         with f.loop(f.argument("first"), f.argument("last")) as block:
             out = a["out"] + block * a["num_units"] * (4 * LANES)
+            rows = a["rows"] + block * LANES * a["row_bytes"]
             count = f.smaller(a["num_rows"] - block * LANES, LANES)
-            with f.loop(0, count) as lane:
-                row = a["rows"] + (block * LANES + lane) * a["row_bytes"]
-                with f.loop(0, a["row_units"]) as unit:
-                    f.store(f.load(row + unit * 4, I32), out + (unit * LANES + lane) * 4)
+            # A square of LANES rows and units at a time, in registers, as far as there are such.
+            square = f.select(count >= LANES, a["row_units"] // LANES * LANES, 0)
+            with f.loop(0, square, LANES) as unit:
+                lines = [f.load(rows + a["row_bytes"] * lane + unit * 4, WORDS) for lane in range(LANES)]
+                for number, line in enumerate(transposed(lines)):
+                    f.store(line, out + (unit + number) * (4 * LANES))
+            with f.loop(0, count) as lane, f.loop(square, a["row_units"]) as unit:
+                f.store(f.load(rows + lane * a["row_bytes"] + unit * 4, I32), out + (unit * LANES + lane) * 4)
             if sums:
                 _add_up(f, out, a["num_units"], a["sums"] + block * (4 * LANES))
 
