@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes: schedule, batch, model, sampling, commit; then the link and HTTP on top.
+"""Where the time of a greedy decode step goes: schedule, batch, model, head, commit; then the link and HTTP on top.
 
     python bench/profile_step.py --model cria
 
@@ -32,15 +32,17 @@ import psutil
 import serve
 from models import model_folder
 
-from pronk.engine import batch, core, runner
+from pronk.engine import core
+from pronk.engine.batch import BatchBuilder
 from pronk.engine.client import AsyncEngine
 from pronk.engine.config import EngineConfig, replace
 from pronk.engine.llm import LLM
 from pronk.engine.model.llama import Llama
 from pronk.engine.request import Request, SamplingParams
 from pronk.engine.scheduler import Scheduler
+from pronk.kernels.cpu import CpuKernels
 
-STAGES = ("schedule", "batch", "model", "sampling", "commit", "rest of the step")
+STAGES = ("schedule", "batch", "model", "head", "commit", "rest of the step")
 
 
 def timed(stage: str, call: Callable[..., Any], spent: dict[str, list[float]]) -> Callable[..., Any]:
@@ -59,9 +61,9 @@ def stages_timed() -> Iterator[dict[str, list[float]]]:
     spent: dict[str, list[float]] = defaultdict(list)
     places = [
         (Scheduler, "schedule", "schedule"),
-        (batch, "build", "batch"),
+        (BatchBuilder, "fill", "batch"),
         (Llama, "forward", "model"),
-        (runner, "sample", "sampling"),
+        (CpuKernels, "linear_argmax", "head"),
         (Scheduler, "commit", "commit"),
         (core.EngineCore, "step", "step"),
     ]
