@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -153,13 +154,25 @@ def _multiply(code: Code, rows: Tensor, scales: Tensor | None, weight: PackedWei
         if start < stop:
             first = min(TILE_ROWS, stop - start)
             second = TILE_ROWS if stop == full else stop - start - first
-            unused = max(second, 1)
-            config = ctypes.create_string_buffer(
-                tile_config([first, first, unused, unused, first, unused, TILE_ROWS, TILE_ROWS])
-            )
             asked = slice(start // planes, stop // planes)
             own = None if scales is None else scales[asked]
-            _run(code, rows[start:stop], own, weight, out[asked], ctypes.addressof(config), (first, second))
+            _run(
+                code,
+                rows[start:stop],
+                own,
+                weight,
+                out[asked],
+                ctypes.addressof(_config(first, second)),
+                (first, second),
+            )
+
+
+@cache
+def _config(first: int, second: int) -> ctypes.Array[ctypes.c_char]:
+    """Of tiles with so many rows. It lives as long as the process: a kernel is given its address."""
+    unused = max(second, 1)
+    rows = [first, first, unused, unused, first, unused, TILE_ROWS, TILE_ROWS]
+    return ctypes.create_string_buffer(tile_config(rows))
 
 
 def _planes(weight: PackedWeight) -> int:
