@@ -30,7 +30,7 @@ CRIA = Path(pronk.engine.cria.__file__).parent
 QUESTIONS = tomllib.loads((Path(__file__).parent / "cria_questions.toml").read_text())
 LONGEST_ANSWER = 260
 """Tokens; the story is the longest answer."""
-KNOWN_WRONG = ["Thank you!"]
+KNOWN_WRONG: list[str] = []
 """What this checkpoint does not answer as it should; the model card says so too."""
 RIGHT_OF_HELDOUT = 0.5
 """The least part of the held-out questions that must be answered right. The model card says how many are."""
