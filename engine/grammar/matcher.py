@@ -43,6 +43,10 @@ _MOST_EXPONENT = 2
 _LEADING_DIGITS = re.compile(rb"[0-9]*")
 _LONG_EXPONENT = re.compile(rb"[eE][+-]?[0-9]{%d}" % (_MOST_EXPONENT + 1))
 _NOT_PLAIN = re.compile(rb'["\\\x00-\x1f\x7f]')
+_STRUCTURE = re.compile(rb'["\\{}\[\]<>\x00-\x08\x0b\x0c\x0e-\x1f\x7f]')
+_LINES = re.compile(rb"[\t\n\r]")
+_REPRESENTATIVES = 16
+"""Of many tokens of one kind, those that are looked at near the end."""
 
 
 class Tokens:
@@ -59,7 +63,15 @@ class Tokens:
 
     def prepare(self) -> None:
         """Work out now what would be when it is first needed."""
-        _ = self.plain, self.whole, self.beginning_with_digits, self.beginning_with_point, self.with_long_exponent
+        _ = (
+            self.plain,
+            self.whole,
+            self.kinds,
+            self.lengths,
+            self.beginning_with_digits,
+            self.beginning_with_point,
+            self.with_long_exponent,
+        )
 
     @cached_property
     def whole(self) -> Mask:
@@ -70,6 +82,21 @@ class Tokens:
     def plain(self) -> Mask:
         """Tokens that are whole characters of a JSON string without escapes."""
         return self._where([_is_plain(token) for token in self.vocabulary.ranks])
+
+    @cached_property
+    def kinds(self) -> tuple[Mask, ...]:
+        """Tokens that most grammars treat alike: words, numbers and punctuation; and the same with ends of lines."""
+        texts = [_is_whole(token) and not _STRUCTURE.search(token) for token in self.vocabulary.ranks]
+        lines = [bool(_LINES.search(token)) for token in self.vocabulary.ranks]
+        return tuple(
+            self._where([text and line == with_lines for text, line in zip(texts, lines, strict=True)])
+            for with_lines in (False, True)
+        )
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """Bytes of each token."""
+        return np.array([len(token) for token in self.vocabulary.ranks], np.int32)
 
     @cached_property
     def beginning_with_digits(self) -> list[Mask]:
@@ -161,6 +188,7 @@ class Matcher:
         self._patience = 1
         self._free = False
         self._vouched: dict[int, Completion] = {}
+        self._alike: list[tuple[Mask, Completion]] = []
         self._completion = self._as_completion(completion)
         self._most = self._completion.cost if self._completion else 0
         """The shortest completion takes no more tokens than these; 0 while none is known."""
@@ -209,7 +237,7 @@ class Matcher:
     def narrow(self, words: Mask, budget: int) -> Mask:
         """words: what the grammar allows. -> the mask."""
         self._check()
-        self._vouched = {}
+        self._vouched, self._alike = {}, []
         self._free = self._is_free(words)
         short = self._with_short_numbers(words) if self._place else words
         if self._most + self._jump < budget:
@@ -249,6 +277,7 @@ class Matcher:
             if not growth and self._completion and self._completion.following == QUOTE:
                 return
         rests = [self._completion.after(symbols) if self._completion else None, self._vouched.get(token)]
+        rests += [rest for mask, rest in self._alike if _bit(mask, token)]
         self._completion = min((rest for rest in rests if rest), key=lambda rest: rest.cost, default=None)
         self._most = self._completion.cost if self._completion else self._most + growth
 
@@ -300,6 +329,8 @@ class Matcher:
         others = _lowest(words & ~kept & self._tokens.whole, self._num_replayed)
         if completion.cost <= left:
             others = self._without_replayed(others, completion)
+            for kind in self._tokens.kinds:
+                kept |= self._kept_alike(words & ~kept & kind, completion)
         self._search(others, left)
         if not self._vouched and not kept.any():
             self._search(_lowest(words, _MOST_SEARCHED), left)
@@ -314,6 +345,24 @@ class Matcher:
         for token, size in self._tokens.in_bytes.beginnings(symbols):
             found.append((token, Completion(completion.symbols, completion.costs, completion.offset + size)))
         return found
+
+    def _kept_alike(self, words: Mask, completion: Completion) -> Mask:
+        """words: tokens of one kind. -> they, if after some of them, long ones too, the completion still is one; else
+        none. Where text is free there are too many to look at each, and the few that are looked at would be all that a
+        model could say."""
+        tokens = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        if not len(tokens):
+            return words
+        spread = tokens[np.linspace(0, len(tokens) - 1, _REPRESENTATIVES // 2).astype(int)]
+        longest = tokens[np.argsort(self._tokens.lengths[tokens])[-_REPRESENTATIVES // 2 :]]
+        state, in_bytes = self._read(), self._tokens.in_bytes
+        suffix = [*completion.symbols[completion.offset :], in_bytes.end]
+        for token in {*spread.tolist(), *longest.tolist()}:
+            symbols = in_bytes.symbols(token) + suffix
+            if state.validate_tokens(symbols) != len(symbols):
+                return np.zeros_like(words)
+        self._alike.append((words, completion))
+        return words
 
     def _without_replayed(self, tokens: list[int], completion: Completion) -> list[int]:
         """Vouch for tokens after which the completion still is one. -> the others"""

@@ -342,6 +342,44 @@ def test_far_from_the_budget_nothing_is_left_out() -> None:
     assert set(words) <= set(allowed(matcher.mask(MANY)))
 
 
+WORDS = {
+    token
+    for token, spelling in enumerate(CRIA.ranks)
+    if re.fullmatch(rb"[ A-Za-z0-9.,:;()!?'-]+", spelling)
+}  # fmt: skip
+CALLS_OR_TEXT = r"""
+start: calls | FIRST (TEXT | BRACE)* calls?
+calls: call ("; " call){0,15}
+call: OPEN ", \"parameters\": " arguments "}"
+OPEN: /\{[ \t\n\r]*"name"[ \t\n\r]*:[ \t\n\r]*"weather"/
+arguments: %json {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+FIRST: /[^ \t\n\r{]/
+TEXT: /[^{]+/
+BRACE: /\{[ \t\n\r]*("[a-zA-Z0-9_-]*)?/
+"""
+
+
+@pytest.mark.parametrize(
+    ("grammar", "start"),
+    [
+        (Grammar("lark", CALLS_OR_TEXT), "I"),
+        (Grammar("lark", CALLS_OR_TEXT), '{"name": "weather", "parameters": {"city": "P'),
+        (Grammar("regex", r"[A-Z][^\n]*\."), "A llama"),
+        (Grammar("json", json.dumps(PERSON)), '{"name": "A'),
+    ],
+)
+@pytest.mark.parametrize("budget", [60, 100, 250])
+def test_where_text_is_free_it_stays_free_long_before_the_end(grammar: Grammar, start: str, budget: int) -> None:
+    """A bound on how far one token may lead away from the end is large for some grammars. Words lead nowhere."""
+    matcher = take(COMPILER.compile(grammar), start)
+    anything = WORDS & set(allowed(matcher.mask(MANY)))
+    assert len(anything) > 500
+    assert anything <= set(allowed(matcher.mask(budget)))
+    take(matcher, " llama")
+    assert matcher.shortest is not None
+    assert matcher.shortest < 20
+
+
 def test_near_the_budget_a_string_may_still_be_any() -> None:
     matcher = take(of_json(PERSON), '{"name": "')
     words = [token for token in range(len(CRIA.ranks)) if CRIA.ranks[token].isalpha() and CRIA.ranks[token].isascii()]
