@@ -24,7 +24,8 @@ tool = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
-called = litellm.completion(messages=question, tools=[tool], tool_choice="required", **common)
+weather = [{"role": "user", "content": "What is the weather in Paris?"}]
+called = litellm.completion(messages=weather, tools=[tool], tool_choice="required", **common)
 assert called.choices[0].finish_reason == "tool_calls"
 assert called.choices[0].message.tool_calls[0].function.name == "weather"
 

@@ -14,7 +14,8 @@ for await (const chunk of await client.chat.completions.create({ ...common, stre
 assert.equal(text, answer.choices[0].message.content);
 
 const tool = { type: "function", function: { name: "weather", parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] } } };
-const helper = client.chat.completions.stream({ ...common, tools: [tool], tool_choice: "required" });
+const weather = [{ role: "user", content: "What is the weather in Paris?" }];
+const helper = client.chat.completions.stream({ ...common, messages: weather, tools: [tool], tool_choice: "required" });
 const called = await helper.finalChatCompletion();
 assert.equal(called.choices[0].finish_reason, "tool_calls");
 assert.equal(typeof JSON.parse(called.choices[0].message.tool_calls[0].function.arguments).city, "string");
