@@ -127,12 +127,19 @@ def _attend(kernel: Attend, number: Value, kv_head: Value) -> None:
             _add_values(kernel, table, kv_head, start, count, row_groups)
         with f.when(item["partial"] < 0), f.loop(0, num_rows) as row:
             merge(kernel, row, scratch.sums + row * (kernel.head_dim * 4), scratch.stats + row * 8)
+    hand_over(kernel, item, kv_head, num_rows)
+
+
+def hand_over(kernel: Attend, item: dict[str, Value], kv_head: Value, num_rows: Value) -> None:
+    """An item that has seen all keys writes its results, another one what they are merged from."""
+    f, a, scratch = kernel.f, kernel.a, kernel.scratch
+    group, sum_bytes = a["num_heads"] // a["num_kv_heads"], kernel.head_dim * 4
     with f.when(item["partial"] < 0), f.loop(0, num_rows) as row:
         token, head = item["first_token"] + row // group, kv_head * group + row % group
         finish(kernel, row, a["out"] + (token * a["num_heads"] + head) * kernel.head_bytes)
     with f.when(item["partial"] >= 0), f.loop(0, num_rows) as row:
         to = (item["partial"] * a["num_kv_heads"] + kv_head) * TILE_ROWS + row
-        copy_sums(f, scratch.sums + row * (kernel.head_dim * 4), a["partial_sums"] + to * (kernel.head_dim * 4), kernel)
+        copy_sums(f, scratch.sums + row * sum_bytes, a["partial_sums"] + to * sum_bytes, kernel)
         f.store(f.load(scratch.stats + row * 8, vector(F32, 2)), a["partial_stats"] + to * 8)
 
 

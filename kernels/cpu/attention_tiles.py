@@ -20,12 +20,10 @@ from pronk.kernels.cpu.attention_kernels import (
     NOTHING,
     SPLIT,
     TILE,
-    TILE_ROWS,
     Attend,
     Scratch,
     clear,
-    copy_sums,
-    finish,
+    hand_over,
     item_of,
     merge,
     position_address,
@@ -135,13 +133,7 @@ def _attend(kernel: Attend, packed: Packed, number: Value, kv_head: Value) -> No
             f.store(f.load(packed.total + row * 4, F32), scratch.stats + row * 8 + 4)
         with f.when(item["partial"] < 0), f.loop(0, num_rows) as row:
             merge(kernel, row, scratch.sums + row * (kernel.head_dim * 4), scratch.stats + row * 8)
-    with f.when(item["partial"] < 0), f.loop(0, num_rows) as row:
-        token, head = item["first_token"] + row // group, kv_head * group + row % group
-        finish(kernel, row, a["out"] + (token * a["num_heads"] + head) * kernel.head_bytes)
-    with f.when(item["partial"] >= 0), f.loop(0, num_rows) as row:
-        to = (item["partial"] * a["num_kv_heads"] + kv_head) * TILE_ROWS + row
-        copy_sums(f, scratch.sums + row * (kernel.head_dim * 4), a["partial_sums"] + to * (kernel.head_dim * 4), kernel)
-        f.store(f.load(scratch.stats + row * 8, vector(F32, 2)), a["partial_stats"] + to * 8)
+    hand_over(kernel, item, kv_head, num_rows)
 
 
 def _pack_queries(
