@@ -94,13 +94,15 @@ def _kind_of_part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
     if not isinstance(kind, str):
         return "input_text"
-    return kind if kind in ("input_text", "output_text", "refusal") else "other"
+    if kind == "refusal":
+        return "refusal_part"  # as no field is called: it is told in an error's place
+    return kind if kind in ("input_text", "output_text") else "other"
 
 
 InputPart = Annotated[
     Annotated[InputText, Tag("input_text")]
     | Annotated[OutputText, Tag("output_text")]
-    | Annotated[RefusalText, Tag("refusal")]
+    | Annotated[RefusalText, Tag("refusal_part")]
     | Annotated[OtherInput, Tag("other")],
     Discriminator(_kind_of_part),
 ]

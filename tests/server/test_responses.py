@@ -235,6 +235,11 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"input": [{"type": "web_search_call", "id": "a"}]}, 400, "input[0].type"),
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, 400, "input[0].content[0]"),
     ({"input": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]}, 400, "input[0].content[0]"),
+    (
+        {"input": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "x", "odd": 1}]}]},
+        400,
+        "input[0].content[0].odd",
+    ),
     ({"input": [{"type": "item_reference", "id": "msg_0"}]}, 404, "input[0].id"),
     ({"input": [{"type": "reasoning", "id": ["rs_0"]}]}, 400, "input[0].id"),
     ({"previous_response_id": "resp_0"}, 404, "previous_response_id"),
