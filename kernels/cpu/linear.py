@@ -119,7 +119,8 @@ def rows_of(code: Code, ids: Tensor, weight: PackedWeight) -> Tensor:
         raise ValueError(f"rows of a weight in {weight.format} are not those that it was packed from")
     units, unit = weight.data.shape[1], UNIT[weight.kind]
     out = torch.empty(len(ids), units * unit, dtype=weight.data.dtype)
-    addresses = [contiguous(ids).data_ptr(), weight.data.data_ptr(), out.data_ptr()]
+    ids = contiguous(ids)  # held by its name for as long as the kernel reads it
+    addresses = [ids.data_ptr(), weight.data.data_ptr(), out.data_ptr()]
     code.run("rows_of", write_rows_of, [*addresses, units], len(ids), cost=units)
     return out if units * unit == weight.in_features else out[:, : weight.in_features].contiguous()
 

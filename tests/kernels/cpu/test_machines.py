@@ -149,6 +149,16 @@ def test_a_row_that_is_not_finite_is_not_finite_in_int8() -> None:
     assert out[3].isfinite().all()
 
 
+def test_rows_of_ids_that_are_not_contiguous() -> None:
+    """A copy is made of them, which must live until it was read: freed memory is written over here."""
+    kernels = CpuKernels(1)
+    weight = cases.normal(cases.generator(7), 500, 64, dtype=torch.bfloat16)
+    packed = kernels.pack(weight)
+    ids = torch.randint(500, (3000, 2), generator=cases.generator(8))[:, 0]
+    for _ in range(20):
+        assert torch.equal(kernels.embedding(ids, packed), weight[ids])
+
+
 def test_weights_of_another_set_are_refused() -> None:
     with pytest.raises(TypeError, match="another kernel set"):
         CpuKernels(1).linear(torch.ones(1, 4), reference.pack(torch.ones(2, 4)))
