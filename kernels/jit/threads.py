@@ -1,6 +1,6 @@
 """A team of threads that run one compiled function over many items: who is free takes the next few.
 
-The caller is one of the team. A member that has nothing to do looks for work for some ten microseconds, as long as
+The caller is one of the team. A member that has nothing to do looks for work for 10 to 100 microseconds, longer than
 Python needs from one operation of a step to the next, and then sleeps: whoever waits longer would take a core from the
 process that serves HTTP. What an item's result is never depends on who works on it.
 
@@ -38,6 +38,7 @@ BYTES = 6 * 128
 
 FUTEX = {"x86_64": 202, "aarch64": 98}
 """The number of Linux's system call."""
+HAS_FUTEX = sys.platform == "linux" and platform.machine() in FUTEX
 WAIT, WAKE = 128, 129
 """Its operations, within one process."""
 SLEEP_MICROSECONDS = 50
@@ -170,7 +171,7 @@ def _pause(f: Function) -> None:
 
 def _sleep_while(f: Function, place: Value, value: Value) -> None:
     """Sleep until somebody wakes who sleeps at this place, unless it has another value by now."""
-    if sys.platform == "linux":
+    if HAS_FUTEX:
         number = f.value(FUTEX[platform.machine()])
         f.instruction("syscall", I64, number, place, f.value(WAIT), value, f.value(0), f.value(0), f.value(0))
     else:
@@ -178,7 +179,7 @@ def _sleep_while(f: Function, place: Value, value: Value) -> None:
 
 
 def _wake(f: Function, place: Value) -> None:
-    if sys.platform == "linux":
+    if HAS_FUTEX:
         number = f.value(FUTEX[platform.machine()])
         f.instruction(
             "syscall", I64, number, place, f.value(WAKE), f.value(1 << 30), f.value(0), f.value(0), f.value(0)
