@@ -78,9 +78,7 @@ class Llama:
         for layer in self.layers:
             tensors += [layer.input_norm, layer.post_attention_norm]
             weights += [layer.qkv, layer.o, layer.gate_up, layer.down]
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values()) + sum(
-            weight.nbytes for weight in weights if weight.data.data_ptr() not in {t.data_ptr() for t in tensors}
-        )
+        return sum(tensor.nbytes for tensor in tensors) + sum(weight.nbytes for weight in weights)
 
 
 # Which products are one: the part of a name between "model.layers.N." and ".weight" -> (product, place in it).
