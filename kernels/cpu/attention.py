@@ -6,7 +6,6 @@ all threads busy, or in one go, depends on how much there is to do, and that cha
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,7 @@ from pronk.kernels.cpu.attention_kernels import (
 )
 from pronk.kernels.cpu.attention_tiles import MOST_ROWS, write_attend_on_tiles
 from pronk.kernels.cpu.code import DTYPES, Code, contiguous
-from pronk.kernels.cpu.instructions import LANES, tile_config
+from pronk.kernels.cpu.instructions import LANES, config_address
 from pronk.kernels.interface import AttentionPlan, LayerCache, Queries
 
 FLOPS_A_NANOSECOND = 50
@@ -127,7 +126,6 @@ def attention(code: Code, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> 
     dtype = DTYPES[q.dtype]
     partials = (plan.partial_sums.data_ptr(), plan.partial_stats.data_ptr())
     on_tiles = _on_tiles(code, cache)
-    config = ctypes.create_string_buffer(tile_config([TILE_ROWS] * 8))
     code.run(
         f"attend_on_tiles_{head_dim}" if on_tiles else f"attend_{dtype}_{head_dim}",
         write_attend_on_tiles(head_dim) if on_tiles else write_attend(dtype, head_dim),
@@ -143,7 +141,7 @@ def attention(code: Code, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> 
             num_kv_heads,
             block_size,
             *partials,
-            ctypes.addressof(config),
+            config_address(TILE_ROWS, TILE_ROWS),
         ],
         len(plan.items) * num_kv_heads,
         plan.cost,

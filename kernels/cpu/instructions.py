@@ -156,6 +156,20 @@ def tile_config(rows: list[int]) -> bytes:
     return bytes(config)
 
 
+def config_address(first: int, second: int) -> int:
+    """Of a configuration for tiles 0 and 1, 2 and 3, 4, and 5 that have as many rows as they are used for, first or
+    second of them, and for whole tiles 6 and 7."""
+    return ctypes.addressof(_kept_config(first, second))
+
+
+@cache
+def _kept_config(first: int, second: int) -> ctypes.Array[ctypes.c_char]:
+    """It lives as long as the process: kernels know its address."""
+    unused = max(second, 1)
+    rows = [first, first, unused, unused, first, unused, TILE_ROWS, TILE_ROWS]
+    return ctypes.create_string_buffer(tile_config(rows))
+
+
 def configure_tiles(f: Function, config: Value) -> None:
     f.instruction("llvm.x86.ldtilecfg", ir.VoidType(), f.pointer(config))
 

@@ -5,17 +5,15 @@ Knows shapes and dtypes; not how numbers are multiplied.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pronk.kernels.cpu.code import DTYPES, Code, contiguous
-from pronk.kernels.cpu.instructions import LANES, TILE_ROWS, tile_config
+from pronk.kernels.cpu.instructions import LANES, TILE_ROWS, config_address
 from pronk.kernels.cpu.packing import write_interleave, write_rows_of
 from pronk.kernels.cpu.products import GROUP, PLANES, UNIT, Kind, on_tiles, write_product
 from pronk.kernels.cpu.rows import write_quantize, write_widen
@@ -163,17 +161,9 @@ def _multiply(code: Code, rows: Tensor, scales: Tensor | None, weight: PackedWei
                 own,
                 weight,
                 out[asked],
-                ctypes.addressof(_config(first, second)),
+                config_address(first, second),
                 (first, second),
             )
-
-
-@cache
-def _config(first: int, second: int) -> ctypes.Array[ctypes.c_char]:
-    """Of tiles with so many rows. It lives as long as the process: a kernel is given its address."""
-    unused = max(second, 1)
-    rows = [first, first, unused, unused, first, unused, TILE_ROWS, TILE_ROWS]
-    return ctypes.create_string_buffer(tile_config(rows))
 
 
 def _planes(weight: PackedWeight) -> int:
