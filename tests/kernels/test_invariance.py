@@ -1,7 +1,7 @@
 """Promise 1, for each operation of the CPU set: a row's bits are those it has alone, whatever else is in the step.
 
 Nothing here is close to: every comparison is torch.equal. Work is dealt out to two threads as they come, so that no run
-is like another; other numbers of threads, and other instructions, are compared at the end.
+is like another. Other numbers of threads, and other instructions, are compared in tests/kernels/cpu.
 """
 
 from __future__ import annotations
