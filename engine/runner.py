@@ -232,7 +232,7 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
         model = llama.load(
             checkpoint.config,
             kernels,
-            track(checkpoint.tensors(), checkpoint.total_bytes, report=report),
+            track(checkpoint.tensors(), checkpoint.num_bytes(), report=report),
             dtype=dtype,
             device=device,
             num_positions=min(config.max_model_len or 1 << 62, checkpoint.config.max_position_embeddings),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pronk.engine.errors import CheckpointNotFoundError, ConfigError
 from pronk.engine.model.config import LlamaConfig
+from pronk.engine.weights.cut import Cuts, whole
 from pronk.engine.weights.dummy import DummyCheckpoint
 from pronk.engine.weights.huggingface import HuggingFaceCheckpoint
 from pronk.engine.weights.meta import MetaCheckpoint
@@ -30,16 +31,17 @@ class Checkpoint(Protocol):
     @property
     def config(self) -> LlamaConfig: ...
 
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors in the checkpoint's own dtypes."""
+    def num_bytes(self, cut: Cuts = whole) -> int:
+        """Bytes of what `tensors` gives."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, cut: Cuts = whole) -> Iterator[tuple[str, Tensor]]:
         """Each tensor once, by its canonical name, Q and K in Hugging Face's row order, in the checkpoint's own dtype.
 
-        A tensor may be a read-only view of a mapped file: copy it, do not write to it. One is held at a time.
-        Raises CheckpointFormatError or TensorError when a file turns out to be damaged.
+        cut: which part of each is wanted; heads of Q, K and V are not cut in two. Of the rest of the files nothing is
+        copied. A tensor may be a read-only view of a mapped file: copy it, do not write to it. One is held at a time.
+        Raises CheckpointFormatError or TensorError when a file turns out to be damaged, ValueError for a part that
+        the tensor does not have.
         """
         ...
 

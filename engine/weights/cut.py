@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-Shape = tuple[int, ...]
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -35,7 +33,7 @@ class Cut:
     def length(self) -> int:
         return self.stop - self.start
 
-    def shape(self, whole: Shape) -> Shape:
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
         """The part's shape. Raises ValueError when the part reaches out of a tensor of shape `whole`."""
         if self.axis >= len(whole) or self.stop > whole[self.axis]:
             raise ValueError(f"{self} is no part of a tensor of shape {list(whole)}")
@@ -60,5 +58,5 @@ def part_of(tensor: Tensor, cut: Cut | None) -> Tensor:
     return tensor if cut is None else cut.of(tensor)
 
 
-def shape_of(shape: Shape, cut: Cut | None) -> Shape:
+def shape_of(shape: tuple[int, ...], cut: Cut | None) -> tuple[int, ...]:
     return shape if cut is None else cut.shape(shape)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pronk.engine.model.config import LlamaConfig
+from pronk.engine.weights.cut import Cut, Cuts, shape_of, whole
 from pronk.engine.weights.names import Shape, expected_tensors
 
 STANDARD_DEVIATION = 0.02  # the family's initializer_range
@@ -42,13 +43,18 @@ class DummyCheckpoint:
         dtype: torch.dtype = getattr(torch, self.config.dtype)
         return dtype
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(math.prod(shape) for shape in expected_tensors(self.config).values()) * self.dtype.itemsize
+    def num_bytes(self, cut: Cuts = whole) -> int:
+        shapes = expected_tensors(self.config).items()
+        return sum(math.prod(shape_of(shape, cut(name))) for name, shape in shapes) * self.dtype.itemsize
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, cut: Cuts = whole) -> Iterator[tuple[str, Tensor]]:
         for name, shape in expected_tensors(self.config).items():
-            yield name, self._make(name, shape)
+            yield name, self._part(name, shape, cut(name))
+
+    def _part(self, name: str, shape: Shape, cut: Cut | None) -> Tensor:
+        """Made whole, so that its numbers are the same however the model is split, and given up but for the part."""
+        tensor = self._make(name, shape)
+        return tensor if cut is None else cut.of(tensor).clone(memory_format=torch.contiguous_format)
 
     def _make(self, name: str, shape: Shape) -> Tensor:
         if "norm" in name:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pronk.engine.errors import CheckpointFormatError, CheckpointNotFoundError, TensorError
 from pronk.engine.model.config import LlamaConfig
+from pronk.engine.weights.cut import Cut, Cuts, part_of, whole
 from pronk.engine.weights.json_object import JsonObject
 from pronk.engine.weights.names import (
     EMBEDDING,
@@ -25,6 +26,7 @@ from pronk.engine.weights.names import (
     check_complete,
     expected_tensors,
     other_dtype,
+    stored_bytes,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -63,18 +65,20 @@ class HuggingFaceCheckpoint:
         embedding = str(stored[EMBEDDING].dtype).removeprefix("torch.")
         return cls(folder, LlamaConfig.from_huggingface(folder, unnamed_dtype=embedding), stored)
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.stored.values())
+    def num_bytes(self, cut: Cuts = whole) -> int:
+        return stored_bytes(self.stored, cut)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """File by file, each mapped into memory and read tensor by tensor in the order of the forward pass."""
+    def tensors(self, cut: Cuts = whole) -> Iterator[tuple[str, Tensor]]:
+        """File by file, each mapped into memory and read tensor by tensor in the order of the forward pass.
+
+        Rows stay mapped, columns are copied.
+        """
         names = list(expected_tensors(self.config))
         for file in sorted({tensor.file for tensor in self.stored.values()}):
             with _open(file) as content:
                 for name in names:
                     if self.stored[name].file == file:
-                        yield name, _read(file, content, name)
+                        yield name, _read(file, content, name, cut(name))
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -153,9 +157,9 @@ def _open(file: Path) -> Any:
         raise CheckpointNotFoundError(f"{file} cannot be read: {error}") from error
 
 
-def _read(file: Path, content: Any, name: str) -> Tensor:
+def _read(file: Path, content: Any, name: str, cut: Cut | None) -> Tensor:
     try:
-        tensor: Tensor = content.get_tensor(name)
+        tensor: Tensor = content.get_tensor(name)  # a view of the map
     except SafetensorError as error:
         raise CheckpointFormatError(f"{file} is damaged at tensor {name} ({error}): download it again") from error
-    return tensor
+    return part_of(tensor, cut).contiguous()

@@ -1,7 +1,8 @@
 """Meta's layout: `params.json` and `consolidated.NN.pth`, one file for each rank the model was cut for.
 
-It knows how those files spell, order and cut the tensors, and gives them back whole, by Hugging Face's names and row
-order. A `.pth` is a pickle: it is read by torch's weights-only loader, which makes tensors and plain containers only.
+It knows how those files spell, order and cut the tensors, and gives them back whole, or in parts that need not be the
+files', by Hugging Face's names and row order. A `.pth` is a pickle: it is read by torch's weights-only loader, which
+makes tensors and plain containers only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pronk.engine.errors import CheckpointFormatError, CheckpointNotFoundError, TensorError
 from pronk.engine.model.config import LlamaConfig, refuse_other_meta_models
+from pronk.engine.weights.cut import Cut, Cuts, part_of, whole
 from pronk.engine.weights.json_object import JsonObject
 from pronk.engine.weights.names import (
     EMBEDDING,
@@ -26,6 +28,7 @@ from pronk.engine.weights.names import (
     check_complete,
     expected_tensors,
     other_dtype,
+    stored_bytes,
     unexpected,
     wrong_shape,
 )
@@ -42,6 +45,8 @@ META_LAYER_NAMES = {
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
 }
+ROTATED = ("q_proj.weight", "k_proj.weight")
+HEADS = (*ROTATED, "v_proj.weight")
 LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 ROTARY_BUFFER = "rope.freqs"
 
@@ -65,7 +70,8 @@ class MetaCheckpoint:
 
     @classmethod
     def open(cls, folder: Path) -> MetaCheckpoint:
-        """Maps every file; of the tensors it reads only embedding and head, to see whether they are the same.
+        """Maps every file; of the tensors it reads only embedding and head, to see whether they are the same. That is a
+        few rows, but for files that hold the same numbers in two places: there it is all of both.
 
         Raises CheckpointError: a file missing, damaged or not weights-only, a tensor missing, unexpected, or of another
         shape or dtype.
@@ -85,23 +91,31 @@ class MetaCheckpoint:
         check_complete(folder, expected, stored)
         return cls(folder, config, stored, shards)
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.stored.values())
+    def num_bytes(self, cut: Cuts = whole) -> int:
+        return stored_bytes(self.stored, cut)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """In the order of the forward pass. A tensor that needs no merging and no reordering stays mapped."""
+    def tensors(self, cut: Cuts = whole) -> Iterator[tuple[str, Tensor]]:
+        """In the order of the forward pass. Rows that need no merging and no reordering stay mapped.
+
+        Of key/value heads that are repeated it reads every copy.
+        """
         for name in expected_tensors(self.config):
-            yield name, self._whole(name)
+            yield name, self._read(name, cut(name))
 
-    def _whole(self, name: str) -> Tensor:
+    def _read(self, name: str, cut: Cut | None) -> Tensor:
+        stored, head_dim = self.stored[name], self.config.head_dim
         parts = pieces(self.shards, meta_name(name))
         axis = cut_axis(name)
-        tensor = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
-        if ".k_proj." in name or ".v_proj." in name:
-            tensor = drop_repeated_heads(self.stored[name], tensor, self.config)
-        if ".q_proj." in name or ".k_proj." in name:
-            tensor = split_halves(tensor, self.config.head_dim)
+        if axis is None:
+            return part_of(parts[0], cut).contiguous()
+        if cut is not None:
+            check_cut(stored, cut, head_dim if name.endswith(HEADS) else 1)
+        copies = sum(part.shape[axis] for part in parts) // stored.shape[axis]
+        tensor = merge(parts, axis, None if cut is None else repeated(cut, copies))
+        if copies > 1:
+            tensor = drop_repeated_heads(stored, tensor, copies, head_dim)
+        if name.endswith(ROTATED):
+            tensor = split_halves(tensor, head_dim)
         return tensor.contiguous()
 
 
@@ -130,22 +144,57 @@ def split_halves(weight: Tensor, head_dim: int) -> Tensor:
 
     Meta's rotary pairs are neighbours, rows 2j and 2j + 1 of a head; Hugging Face's are rows j and j + head_dim / 2.
     """
-    pairs = weight.view(-1, head_dim // 2, 2, weight.shape[1])
+    pairs = weight.view(len(weight) // head_dim, head_dim // 2, 2, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
-def drop_repeated_heads(stored: StoredTensor, tensor: Tensor, config: LlamaConfig) -> Tensor:
+def check_cut(stored: StoredTensor, cut: Cut, head_rows: int) -> None:
+    """Raises ValueError when the part reaches out of the tensor, or cuts a head's `head_rows` rows in two."""
+    cut.shape(stored.shape)
+    if cut.axis == 0 and (cut.start % head_rows or cut.stop % head_rows):
+        raise ValueError(f"{cut} of {stored.name} cuts a head of {head_rows} rows in two")
+
+
+def repeated(cut: Cut, copies: int) -> Cut:
+    """Where a part of whole heads lies in a tensor that holds each head `copies` times, one after the other."""
+    return Cut(0, cut.start * copies, cut.stop * copies) if cut.axis == 0 else cut
+
+
+def merge(parts: list[Tensor], axis: int, cut: Cut | None) -> Tensor:
+    """A tensor, or a part of it, of the shards' parts, which lie one after the other along `axis`.
+
+    What lies in one shard alone is a view of it.
+    """
+    if cut is not None:
+        parts = overlaps(parts, axis, cut)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+
+def overlaps(parts: list[Tensor], axis: int, cut: Cut) -> list[Tensor]:
+    """What each shard holds of the part that is wanted; shards that hold nothing of it are left out, but for one."""
+    if cut.axis != axis:
+        return [cut.of(part) for part in parts]
+    found, place = [], 0
+    for part in parts:
+        start, stop = max(cut.start - place, 0), min(cut.stop - place, part.shape[axis])
+        if start < stop:
+            found.append(part.narrow(axis, start, stop - start))
+        place += part.shape[axis]
+    return found or [parts[0].narrow(axis, 0, 0)]
+
+
+def drop_repeated_heads(stored: StoredTensor, tensor: Tensor, copies: int, head_dim: int) -> Tensor:
     """K and V of a model cut for more ranks than it has key/value heads: every rank holds a whole one, repeated.
 
-    Raises TensorError when the repeated heads are not the same.
+    [heads * copies * head_dim, in] -> [heads * head_dim, in]; the heads may be some of the tensor's.
+    Raises TensorError when the copies of a head are not the same.
     """
-    heads = config.num_key_value_heads
-    if len(tensor) == heads * config.head_dim:
-        return tensor
-    copies = tensor.reshape(heads, -1, config.head_dim, tensor.shape[1])
-    if not torch.equal(copies, copies[:, :1].expand_as(copies)):
-        raise TensorError(f"{stored.file}: tensor {stored.name} repeats its {heads} key/value heads with other values")
-    return copies[:, 0].reshape(-1, tensor.shape[1])
+    heads = tensor.reshape(len(tensor) // (copies * head_dim), copies, head_dim, tensor.shape[1])
+    first, others = heads[:, :1], heads[:, 1:]
+    if not torch.equal(others, first.expand_as(others)):
+        number = stored.shape[0] // head_dim
+        raise TensorError(f"{stored.file}: tensor {stored.name} repeats its {number} key/value heads with other values")
+    return heads[:, 0].flatten(0, 1)
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -261,9 +310,13 @@ def _checked(file: Path, name: object, tensor: object) -> Tensor:
 
 
 def _same(head: Tensor, embedding: Tensor | None) -> bool:
-    """Compares a few rows before all of them: an untied head differs at once, and both may be a gigabyte."""
+    """Reads nothing where both are one storage, and compares a few rows before all of them: an untied head differs at
+    once, and both may be a gigabyte.
+    """
     if embedding is None or head.dim() != 2 or head.shape != embedding.shape or head.dtype != embedding.dtype:
         return False
+    if head.data_ptr() == embedding.data_ptr() and head.stride() == embedding.stride():
+        return True
     return torch.equal(head[:8], embedding[:8]) and torch.equal(head, embedding)
 
 

@@ -1,6 +1,6 @@
 """The tensors that a Llama consists of: canonical names, shapes, and the check that a checkpoint holds just these.
 
-Canonical names are those of Hugging Face's files. It knows nothing of how files spell or cut them.
+Canonical names are those of Hugging Face's files. It knows nothing of how files spell or divide them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from pronk.engine.errors import CheckpointFormatError, TensorError
 from pronk.engine.model.config import LlamaConfig
+from pronk.engine.weights.cut import Cut, Cuts, shape_of
 
 Shape = tuple[int, ...]
 
@@ -31,9 +32,8 @@ class StoredTensor:
     shape: Shape
     dtype: torch.dtype
 
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+    def num_bytes(self, cut: Cut | None) -> int:
+        return math.prod(shape_of(self.shape, cut)) * self.dtype.itemsize
 
 
 def expected_tensors(config: LlamaConfig) -> dict[str, Shape]:
@@ -78,6 +78,11 @@ def check_complete(folder: Path, expected: Mapping[str, Shape], stored: Mapping[
     for name, tensor in stored.items():
         if tensor.shape != expected[name]:
             raise wrong_shape(tensor, expected[name])
+
+
+def stored_bytes(stored: Mapping[str, StoredTensor], cut: Cuts) -> int:
+    """Bytes of the parts that are wanted of all tensors. stored: by canonical name."""
+    return sum(tensor.num_bytes(cut(name)) for name, tensor in stored.items())
 
 
 def unexpected(file: Path, name: str) -> TensorError:

@@ -57,7 +57,7 @@ class TestDummy:
         tensors = dict(checkpoint.tensors())
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected_tensors(checkpoint.config)
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-        assert checkpoint.total_bytes == sum(tensor.numel() * 2 for tensor in tensors.values())
+        assert checkpoint.num_bytes() == sum(tensor.numel() * 2 for tensor in tensors.values())
 
     def test_the_same_seed_gives_the_same(self, folder: Path) -> None:
         torch.manual_seed(1)

@@ -82,7 +82,7 @@ def test_what_transformers_saved(
     assert_same(dict(read), saved)
     assert len(read) == len(saved)
     assert {name: tuple(tensor.shape) for name, tensor in read} == expected_tensors(checkpoint.config)
-    assert checkpoint.total_bytes == sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+    assert checkpoint.num_bytes() == sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
     assert checkpoint.config.num_parameters == sum(tensor.numel() for tensor in saved.values())
 
 
