@@ -13,12 +13,16 @@ PronkError
 └── EngineError                 the engine cannot serve anybody
     ├── EngineStartError            it did not come up
     ├── EngineDeadError             its process is gone
-    └── EngineDrainingError         it is shutting down and takes nothing new
+    ├── EngineDrainingError         it is shutting down and takes nothing new
+    └── GroupError                  a rank of a tensor-parallel group is gone or does not answer
+        └── LeaderGone                  it is rank 0, which tells the others what to compute
 
 A message is one sentence that says what to do. Whoever adds a class draws it here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class PronkError(Exception):
@@ -82,3 +86,21 @@ class EngineDeadError(EngineError):
 
 class EngineDrainingError(EngineError):
     """The engine is shutting down: it finishes what runs and takes nothing new."""
+
+
+class GroupError(EngineError):
+    """A rank of a tensor-parallel group is gone or does not answer: the group cannot go on without it.
+
+    ranks: those at fault.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int]) -> None:
+        super().__init__(message)
+        self.ranks = tuple(sorted(ranks))
+
+
+class LeaderGone(GroupError):
+    """Rank 0 has closed the channel, has died, or has not been heard for too long."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, (0,))
