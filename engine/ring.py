@@ -25,12 +25,13 @@ each rank closes what is not its own (`Ring.leader`, `Ring.follower`), and a ran
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import select
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pronk.engine.channel import raise_gone
@@ -98,6 +99,14 @@ class Ring:
                     os.close(end)
 
 
+def wait(ends: Iterable[int], event: int, seconds: float) -> list[int]:
+    """-> the file descriptors that this poll event, or the other side's end, has come to in so many seconds."""
+    poll = select.poll()
+    for end in ends:
+        poll.register(end, event)
+    return [end for end, _ in poll.poll(max(0.0, seconds) * 1000)]
+
+
 class RingLeader:
     """Writes. See channel.Leader.
 
@@ -122,8 +131,11 @@ class RingLeader:
             os.set_blocking(end, False)
 
     def send(self, message: bytes | memoryview) -> None:
-        raise_gone(self._stuck)
-        self._put(memoryview(WORD.pack(len(message))))
+        if self._stuck:
+            raise_gone(self._gone | self._stuck)
+        self._wait_for_room()
+        WORD.pack_into(self._memory, self._written % self._capacity, len(message))
+        self._written += WORD.size
         self._put(memoryview(message))
         self._written += -self._written % WORD.size
         self._tell()
@@ -153,7 +165,7 @@ class RingLeader:
             data = data[size:]
 
     def _room(self) -> int:
-        """-> bytes that no follower has yet to read."""
+        """-> bytes that no follower has yet to read, a multiple of eight."""
         return self._capacity - (self._written - min(self._read.values(), default=self._written))
 
     def _wait_for_room(self) -> int:
@@ -161,27 +173,26 @@ class RingLeader:
 
         It comes: a follower that has read all it was told of has kept less than a quarter of the ring to itself.
         """
-        if not self._room():
-            self._tell()
-            until = time.monotonic() + self._deadline
-            while not self._room():
-                self._listen(until - time.monotonic())
-                if time.monotonic() >= until:
-                    self._give_up([rank for rank, read in self._read.items() if self._written - read == self._capacity])
-        return self._room()
+        if room := self._room():
+            return room
+        self._tell()
+        until = time.monotonic() + self._deadline
+        while not (room := self._room()):
+            if time.monotonic() >= until:
+                self._give_up([rank for rank, read in self._read.items() if self._written - read == self._capacity])
+            self._listen(until - time.monotonic())
+        return room
 
     def _tell(self) -> None:
         """Let every follower know how far the ring is written. Raises GroupError at the deadline."""
         position = WORD.pack(self._written)
         waiting = [rank for rank in list(self._down) if not self._tell_one(rank, position)]
         until = time.monotonic() + self._deadline
-        while waiting:
-            # A follower whose pipe is full is thousands of messages behind. Nothing is lost if it takes the others
-            # a poll longer to be told: they have been.
-            select.select([], [self._down[rank] for rank in waiting], [], max(0.0, until - time.monotonic()))
-            waiting = [rank for rank in waiting if not self._tell_one(rank, position)]
+        while waiting:  # for followers that are thousands of messages behind; the others have been told
             if time.monotonic() >= until:
                 self._give_up(waiting)
+            wait([self._down[rank] for rank in waiting], select.POLLOUT, until - time.monotonic())
+            waiting = [rank for rank in waiting if not self._tell_one(rank, position)]
 
     def _tell_one(self, rank: int, position: bytes) -> bool:
         """-> whether that is done with: False if the pipe is full."""
@@ -197,8 +208,7 @@ class RingLeader:
     def _listen(self, seconds: float) -> None:
         """Wait until a follower says how far it has read, or has ended."""
         ranks = {end: rank for rank, end in self._up.items()}
-        readable, _, _ = select.select(list(ranks), [], [], max(0.0, seconds))
-        for end in readable:
+        for end in wait(ranks, select.POLLIN, seconds):
             positions = os.read(end, READ_SIZE)
             if positions:
                 (self._read[ranks[end]],) = WORD.unpack(positions[-WORD.size :])
@@ -207,9 +217,9 @@ class RingLeader:
                 self._forget(ranks[end])
 
     def _give_up(self, ranks: list[int]) -> None:
-        """Raises GroupError, if there is a rank to raise it for."""
+        """Raises GroupError."""
         self._stuck.update(dict.fromkeys(ranks, f"has read nothing for {self._deadline:g} seconds"))
-        raise_gone(self._stuck)
+        raise_gone(self._gone | self._stuck)
 
     def _forget(self, rank: int) -> None:
         os.close(self._down.pop(rank))
@@ -286,10 +296,9 @@ class RingFollower:
         The pipe is never full: the leader empties it before it goes on from a full ring, four reports after the last.
         """
         if self._read - self._reported >= self._capacity // 4:
-            try:
+            # Where the leader is gone, what it has sent before is still to be received.
+            with contextlib.suppress(BrokenPipeError):
                 os.write(self._up, WORD.pack(self._read))
-            except BrokenPipeError:
-                pass  # the leader is gone, and what it has sent before is still to be received
             self._reported = self._read
 
     def _listen(self, until: float | None) -> bool:
