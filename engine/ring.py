@@ -270,12 +270,11 @@ class RingFollower:
                 return None
             (self._missing,) = WORD.unpack_from(self._memory, self._read % self._capacity)
             self._read += WORD.size
+            self._report()
         while self._missing and self._read < self._written:
             self._missing -= self._take_part(self._missing)
         if self._missing:
             return None
-        self._read += -self._read % WORD.size
-        self._report()
         message = b"".join(self._parts)
         self._parts.clear()
         self._missing = None
@@ -286,7 +285,7 @@ class RingFollower:
         place = self._read % self._capacity
         size = min(size, self._written - self._read, self._capacity - place)
         self._parts.append(bytes(self._memory[place : place + size]))
-        self._read += size
+        self._read += size + -size % WORD.size  # all parts but the last are multiples of eight
         self._report()
         return size
 

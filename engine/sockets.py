@@ -48,7 +48,7 @@ def listen(address: Address) -> socket.socket:
     """-> a socket for SocketLeader. Port 0: any that is free. Raises GroupError."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     try:
-        return socket.create_server(address, family=family, backlog=MAX_STRANGERS)
+        return socket.create_server(address, family=family)
     except OSError as error:
         raise GroupError(f"cannot listen for the group's other hosts on {spell(address)}: {error}", (0,)) from error
 
