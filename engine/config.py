@@ -165,6 +165,19 @@ class EngineConfig:
         "(default: such requests are random, dummy weights are those of seed 0)",
         flag="--seed",
     )
+    step_timeout: float | None = option(
+        None,
+        "seconds that a step may take before the engine counts as hung, is killed and starts again, which ends what "
+        "runs with an error (default: 60 on a GPU, 600 on a CPU)",
+        flag="--step-timeout",
+        metavar="SECONDS",
+    )
+    start_timeout: float = option(
+        600.0,
+        "seconds that the engine may load without getting on before it counts as hung and is killed",
+        flag="--start-timeout",
+        metavar="SECONDS",
+    )
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
@@ -187,6 +200,10 @@ class EngineConfig:
             raise ConfigError(
                 f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; leave it at 1"
             )
+        if self.step_timeout is not None and not 1 <= self.step_timeout <= 86400:
+            raise ConfigError(f"--step-timeout {self.step_timeout:g}: choose 1 to 86400 seconds")
+        if not 1 <= self.start_timeout <= 86400:
+            raise ConfigError(f"--start-timeout {self.start_timeout:g}: choose 1 to 86400 seconds")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ConfigError(f"--seed {self.seed}: the seed must fit in 64 bits")
 

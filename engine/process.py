@@ -1,9 +1,9 @@
-"""The engine's own process: receive, step, send. Started by `client.AsyncEngine.start`, ended by it or with it.
+"""A rank's life. Rank 0 is the engine: receive, step, send. Forked by the host, and ended by it or by the server.
 
     python -m pronk.engine.process FD
 
-FD is a connected socket. When its other end closes, whoever wanted the answers is gone, and this process ends too.
-Knows messages and the core; no HTTP, no text.
+is rank 0 of a group of its own, without a host. FD is a connected socket. When its other end closes, whoever wanted the
+answers is gone, and this process ends too. Knows messages and the core; no HTTP, no text.
 """
 
 from __future__ import annotations
@@ -25,10 +25,16 @@ from pronk.engine.core import EngineCore
 from pronk.engine.errors import PronkError
 from pronk.engine.request import Request, SamplingParams
 from pronk.engine.runner import ModelRunner, load_runner
+from pronk.engine.seat import Pulse, Seat
 from pronk.engine.tokenizer import load_vocabulary
 
 READ_SIZE = 1 << 20
 PROGRESS_INTERVAL_SECONDS = 0.1
+BEAT_SECONDS = 1.0
+"""The longest that a rank with nothing to do goes without a beat."""
+STEP_TIMEOUT_SECONDS = {"cuda": 60.0, "cpu": 600.0}
+"""A GPU's slowest step is one whose kernels have to be compiled first. A CPU may read long prompts through billions of
+weights in one step, and `--max-num-batched-tokens` may make that longer still."""
 
 log = logging.getLogger("pronk.engine")
 
@@ -44,11 +50,11 @@ class Link:
         self._connection = connection
         self._frames = wire.Frames(wire.ToEngine)
 
-    def receive(self, *, wait: bool) -> list[object]:
-        """The messages that have arrived; with `wait`, at least a part of one. Raises Disconnected."""
+    def receive(self, *, wait: float = 0.0) -> list[object]:
+        """The messages that have arrived, or that do within `wait` seconds. Raises Disconnected."""
         messages: list[object] = []
         while True:
-            readable, _, _ = select.select([self._connection], [], [], None if wait and not messages else 0)
+            readable, _, _ = select.select([self._connection], [], [], 0 if messages else wait)
             if not readable:
                 return messages
             try:
@@ -68,22 +74,35 @@ class Link:
 
 
 def main() -> int:
+    """-> exit code."""
+    return run_rank(Seat(link=socket.socket(fileno=int(sys.argv[1]))))
+
+
+def run_rank(seat: Seat) -> int:
     """-> exit code: 0 after a shutdown or when the server is gone, 1 after a failure that was reported."""
     # The server decides when to stop: a Ctrl-C or a SIGTERM to the whole group must not cut off what it drains.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    link = Link(socket.socket(fileno=int(sys.argv[1])))
+    if seat.link is None:
+        raise PronkError(f"rank {seat.rank} has nothing to do: one process runs the whole model")
+    link = Link(seat.link)
     try:
-        start = link.receive(wait=True)
-        if len(start) != 1 or not isinstance(start[0], wire.Start):
-            raise PronkError("the first message to the engine must be Start")
-        serve(link, start[0].config)
+        serve(link, first_message(link, seat.pulse).config, seat.pulse)
     except Disconnected:
         return 0
     except Exception as error:  # noqa: BLE001  the crash report: whatever it was, the other side must learn of it
         return report(link, error)
     return 0
+
+
+def first_message(link: Link, pulse: Pulse) -> wire.Start:
+    """Wait for it. Raises Disconnected, and PronkError for another message."""
+    while not (messages := link.receive(wait=BEAT_SECONDS)):
+        pulse.beat()
+    if len(messages) != 1 or not isinstance(messages[0], wire.Start):
+        raise PronkError("the first message to the engine must be Start")
+    return messages[0]
 
 
 def report(link: Link, error: Exception) -> int:
@@ -98,11 +117,11 @@ def report(link: Link, error: Exception) -> int:
     return 1
 
 
-def serve(link: Link, config: EngineConfig) -> None:
+def serve(link: Link, config: EngineConfig, pulse: Pulse) -> None:
     """Load, say so, then receive, step and send until told to stop."""
     folder = Path(config.model)
     link.send(wire.Progress("starting"))
-    progress = _ProgressReporter(link)
+    progress = _ProgressReporter(link, pulse)
     runner = load_runner(config, folder, progress)
     if runner.device.type == "cpu":
         # The kernels have threads of their own, and torch's would wait for the same cores.
@@ -110,13 +129,17 @@ def serve(link: Link, config: EngineConfig) -> None:
     vocabulary = load_vocabulary(folder)
     core = EngineCore(config, runner, vocabulary)
     link.send(wire.Progress("warming up"))
-    warm_up(core)
+    warm_up(core, pulse)
     core = EngineCore(config, runner, vocabulary)  # the warm-up leaves no trace in counters and cache
+    patience = step_timeout(config, runner.device.type)
+    pulse.serve(patience)
     link.send(engine_info(config, runner))
+    idle = min(BEAT_SECONDS, patience / 4)
     may_prepare = True
     while True:
         may_prepare = may_prepare and (core.has_work or core.prepare())
-        for message in link.receive(wait=not core.has_work and not may_prepare):
+        pulse.beat()
+        for message in link.receive(wait=0.0 if core.has_work or may_prepare else idle):
             if isinstance(message, wire.Add):
                 core.add(message.request)
             elif isinstance(message, wire.Abort):
@@ -131,10 +154,16 @@ def serve(link: Link, config: EngineConfig) -> None:
             link.send(wire.Step(outputs, core.stats))
 
 
-def warm_up(core: EngineCore) -> None:
+def step_timeout(config: EngineConfig, device: str) -> float:
+    """device: "cpu" or "cuda". -> seconds that a step may take before its rank counts as hung."""
+    return config.step_timeout or STEP_TIMEOUT_SECONDS[device]
+
+
+def warm_up(core: EngineCore, pulse: Pulse) -> None:
     """Make one token: what cannot do that must not be called ready."""
     core.add(Request(request_id="warm-up", prompt=[0], params=SamplingParams(temperature=0, max_tokens=1)))
     while core.has_work:
+        pulse.beat()
         for output in core.step():
             if output.finish_reason == "error":
                 raise PronkError(f"the model cannot make a token: {output.error}; are the weights damaged?")
@@ -163,13 +192,15 @@ def engine_info(config: EngineConfig, runner: ModelRunner) -> wire.EngineInfo:
 
 
 class _ProgressReporter:
-    """Sends at most ten messages a second, and the last."""
+    """Beats at each report; sends at most ten messages a second, and the last."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, pulse: Pulse) -> None:
         self._link = link
+        self._pulse = pulse
         self._next = 0.0
 
     def __call__(self, done: int, total: int) -> None:
+        self._pulse.beat()
         now = time.monotonic()
         if now >= self._next or done >= total:
             self._next = now + PROGRESS_INTERVAL_SECONDS

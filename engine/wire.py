@@ -131,7 +131,7 @@ ToEngine = Start | Add | Abort | CountCached | Shutdown
 FromEngine = Progress | EngineInfo | Step | CachedCount | Failed
 
 
-def encode(message: ToEngine | FromEngine) -> bytes:
+def encode(message: msgspec.Struct) -> bytes:
     """-> one frame: four bytes of length, little-endian, then msgpack."""
     body = msgspec.msgpack.encode(message)
     return HEADER.pack(len(body)) + body

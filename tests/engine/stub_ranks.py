@@ -1,0 +1,82 @@
+"""A host whose ranks share no model: they beat, and do what a test tells them by one byte.
+
+    python stub_ranks.py FD PATIENCE
+
+PATIENCE: seconds, once a rank serves; 0: it starts for ever. What rank 0 reads from its link: "p" is answered, "q" ends
+it with 0, and a digit makes the rank of that number fail. A rank that loses another one says so by its exit code.
+"""
+
+from __future__ import annotations
+
+import functools
+import select
+import socket
+import sys
+
+from pronk.engine.group import forked
+from pronk.engine.host import Host
+from pronk.engine.seat import LOST_PEER, Seat
+
+BEAT_SECONDS = 0.02
+FAILURE = 7
+
+
+class Leader:
+    """Sockets to the followers."""
+
+    def __init__(self, ends: list[socket.socket]) -> None:
+        self.ends = ends
+
+    def close(self) -> None:
+        for end in self.ends:
+            end.close()
+
+
+def make_orders(size: int) -> tuple[Leader, list[socket.socket]]:
+    pairs = [socket.socketpair() for _ in range(1, size)]
+    return Leader([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
+
+
+def run_rank(patience: float, seat: Seat) -> int:
+    if patience:
+        seat.pulse.serve(patience)
+    return lead(seat, seat.link) if seat.link else follow(seat)
+
+
+def lead(seat: Seat, link: socket.socket) -> int:
+    followers = seat.orders.ends if isinstance(seat.orders, Leader) else []
+    for end in followers:
+        end.recv(1)
+    link.sendall(b"p")
+    while True:
+        seat.pulse.beat()
+        readable, _, _ = select.select([link, *followers], [], [], BEAT_SECONDS)
+        if any(end in readable for end in followers):
+            return LOST_PEER
+        if link in readable:
+            told = link.recv(1)
+            if told in (b"q", b""):
+                return 0
+            if told == b"0":
+                return FAILURE
+            if told == b"p":
+                link.sendall(told)
+            else:
+                followers[int(told) - 1].sendall(told)
+
+
+def follow(seat: Seat) -> int:
+    assert isinstance(seat.orders, socket.socket)
+    seat.orders.sendall(b"p")
+    while True:
+        seat.pulse.beat()
+        readable, _, _ = select.select([seat.orders], [], [], BEAT_SECONDS)
+        if readable:
+            return FAILURE if seat.orders.recv(1) else LOST_PEER
+
+
+if __name__ == "__main__":
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
+    live = functools.partial(run_rank, float(sys.argv[2]))
+    Host(connection, make_orders, lambda leave: forked(live, leave)).run()
