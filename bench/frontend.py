@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
+import functools
 import json
 import select
 import signal
@@ -31,7 +32,11 @@ from models import model_folder
 from pronk.engine import wire
 from pronk.engine.client import AsyncEngine
 from pronk.engine.config import EngineConfig
+from pronk.engine.group import forked
+from pronk.engine.host import Host, no_orders
+from pronk.engine.host_process import HostProcess
 from pronk.engine.request import Output, Request, Timing, TokenLogprobs
+from pronk.engine.seat import Seat
 from pronk.server.config import ServerConfig
 from pronk.server.lifecycle import Server, bind
 from pronk.server.loading import read_text_side
@@ -46,9 +51,24 @@ TEXT = b" a llama hums and walks on"
 # The engine that pretends
 
 
+INFO = wire.EngineInfo(
+    folder="pretended", num_parameters=0, dtype="none", device="none", kernels="none", weights_bytes=0,
+    kv_cache_bytes=0, num_blocks=1, block_size=16, max_model_len=1 << 17, max_num_seqs=1024,
+    max_num_batched_tokens=1024, vocab_size=1 << 17, eos_token_ids=[], load_seconds=0.0,
+)  # fmt: skip
+
+
 def pretend(descriptor: int, step_seconds: float) -> None:
-    """An engine's process: every step_seconds, one token for each request, out of TEXT."""
-    link = socket.socket(fileno=descriptor)
+    """A host whose rank has no model."""
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    rank = functools.partial(pretended_rank, step_seconds)
+    Host(connection, no_orders, lambda leave: forked(rank, leave), is_watched=False).run()
+
+
+def pretended_rank(step_seconds: float, seat: Seat) -> int:
+    """Rank 0: every step_seconds, one token for each request, out of TEXT."""
+    link = seat.link
     frames = wire.Frames(wire.ToEngine)
     running: dict[str, tuple[Request, int]] = {}
     due = time.monotonic()
@@ -57,15 +77,17 @@ def pretend(descriptor: int, step_seconds: float) -> None:
         if select.select([link], [], [], wait)[0]:
             data = link.recv(1 << 20)
             if not data:
-                return
+                return 0
             for message in frames.feed(data):
-                if isinstance(message, wire.Add):
+                if isinstance(message, wire.Start):
+                    link.sendall(wire.encode(INFO))
+                elif isinstance(message, wire.Add):
                     running[message.request.request_id] = (message.request, 0)
                 elif isinstance(message, wire.Abort):
                     for request_id in message.request_ids:
                         running.pop(request_id, None)
                 elif isinstance(message, wire.Shutdown):
-                    return
+                    return 0
         if running and time.monotonic() >= due:
             due = max(due + step_seconds, time.monotonic())
             link.sendall(wire.encode(wire.Step(pretended_outputs(running), wire.EngineStats(len(running)))))
@@ -91,26 +113,11 @@ def pretended_outputs(running: dict[str, tuple[Request, int]]) -> list[Output]:
     return outputs
 
 
-def start_pretending(step_seconds: float) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """-> the process, and our end of the socket to it."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        command = [sys.executable, __file__, "--pretend", str(theirs.fileno()), "--step-ms", str(step_seconds * 1e3)]
-        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
-    return process, ours
-
-
 async def pretended_model(step_seconds: float) -> ServedModel:
     folder, _ = model_folder("cria", Path())
     tokenizer, template, defaults = read_text_side(folder)
-    process, ours = start_pretending(step_seconds)
-    info = wire.EngineInfo(
-        folder="pretended", num_parameters=0, dtype="none", device="none", kernels="none", weights_bytes=0,
-        kv_cache_bytes=0, num_blocks=1, block_size=16, max_model_len=1 << 17, max_num_seqs=1024,
-        max_num_batched_tokens=1024, vocab_size=1 << 17, eos_token_ids=[], load_seconds=0.0,
-    )  # fmt: skip
-    reader, writer = await asyncio.open_connection(sock=ours)
-    engine = AsyncEngine(process, reader, writer, info, wire.Frames(wire.FromEngine))
+    program = (__file__, "--step-ms", str(step_seconds * 1e3), "--pretend")
+    engine = await AsyncEngine.start(EngineConfig(), spawn=lambda: HostProcess.spawn(program))
     return ServedModel(engine, tokenizer, template, defaults, check_grammar=lambda grammar: None)
 
 

@@ -136,9 +136,10 @@ def machine() -> str:
 
 
 def memory_of(server: subprocess.Popen[bytes]) -> str:
-    """Resident memory of the server's process and of the engine's."""
+    """Resident memory of the server's process, and of the engine's together: what they share is counted once."""
     process = psutil.Process(server.pid)
-    engine = sum(child.memory_info().rss for child in process.children(recursive=True))
+    infos = [child.memory_full_info() for child in process.children(recursive=True)]
+    engine = sum(getattr(info, "pss", info.rss) for info in infos)  # only Linux says what is shared
     return f"{process.memory_info().rss / 2**20:.0f} MiB and {engine / 2**20:.0f} MiB"
 
 

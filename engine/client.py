@@ -1,7 +1,7 @@
-"""AsyncEngine: the engine as the server's process sees it. Starts the engine's own process, and speaks `wire` with it.
+"""AsyncEngine: the engine as the server's process sees it. Has a group of processes run the model, and keeps one up.
 
-Lives on one asyncio event loop. Knows no tensor and no text; every request ends with a finish reason or an error, also
-when the other process is gone.
+A group that dies takes its requests with it, each of which gets an error; then another is started, and again until one
+is up. Lives on one asyncio event loop. Knows no tensor and no text.
 """
 
 from __future__ import annotations
@@ -9,28 +9,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import socket
-import subprocess
+import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-import msgspec
-
-from pronk.engine import errors, wire
+from pronk.engine import wire
 from pronk.engine.config import EngineConfig
+from pronk.engine.conversation import Conversation, Listener
 from pronk.engine.errors import (
+    ConfigError,
     ContextLengthError,
     EngineDeadError,
     EngineDrainingError,
-    EngineStartError,
     InvalidParameterError,
     PronkError,
 )
-from pronk.engine.inbox import Inbox
+from pronk.engine.host_process import HostProcess
 from pronk.engine.request import Output, Request
 
-READ_SIZE = 1 << 20
+CLOSE_SECONDS = 10.0
+"""How long the group may take to end by itself."""
+LONGEST_DELAY_SECONDS = 60.0
+
+logger = logging.getLogger(__name__)
 
 
 def _ignore(progress: wire.Progress) -> None:
@@ -81,76 +83,83 @@ class AsyncEngine:
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        info: wire.EngineInfo,
-        frames: wire.Frames,
+        config: EngineConfig,
+        spawn: Callable[[], HostProcess],
+        host: HostProcess,
+        conversation: Conversation,
+        listeners: list[Listener],
     ) -> None:
-        self.info = info
-        self.stats = wire.EngineStats(blocks_total=info.num_blocks)
+        """listeners: those of the conversation, and of every one that follows."""
         self.error: EngineDeadError | None = None
-        self._process = process
-        self._reader = reader
-        self._writer = writer
-        self._frames = frames
-        self._inboxes: dict[str, Inbox] = {}
-        self._queries = itertools.count()
-        self._answers: dict[int, asyncio.Future[int]] = {}
-        self._listeners: list[Callable[[wire.Step], None]] = []
+        """Why nobody can be served now; None again when a group has come up."""
+        self.restarts = 0
+        """How often a group came up in place of one that died."""
+        self._config = config
+        self._spawn = spawn
+        self._host = host
+        self._conversation = conversation
+        self._listeners = listeners
         self._draining = False
         self._closing = False
+        self._num_readers = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._receiver = asyncio.create_task(self._receive(), name="engine-receiver")
+        self._keeper = asyncio.create_task(self._keep(), name="engine-keeper")
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, *, on_progress: Callable[[wire.Progress], None] = _ignore
+        cls,
+        config: EngineConfig,
+        *,
+        on_progress: Callable[[wire.Progress], None] = _ignore,
+        spawn: Callable[[], HostProcess] = HostProcess.spawn,
     ) -> AsyncEngine:
-        """Start the engine's process, load the model, and return when it has made a first token.
+        """Start the processes, load the model, and return when it has made a first token.
 
-        Raises what the engine met on its way up: CheckpointError and its kinds, ConfigError, EngineStartError.
+        spawn: starts a host, now and whenever one has died. Raises what the engine met on its way up: CheckpointError
+        and its kinds, ConfigError, EngineStartError. When it does, or is cancelled, no process is left.
         """
-        process, ours = _spawn()
-        reader, writer = await asyncio.open_connection(sock=ours, limit=READ_SIZE)
-        frames = wire.Frames(wire.FromEngine)
+        size = config.tensor_parallel_size
+        if size > 1 and sys.platform != "linux":
+            raise ConfigError(f"--tensor-parallel-size {size}: several processes share a model on Linux; leave it at 1")
+        host = spawn()
+        listeners: list[Listener] = []
         try:
-            writer.write(wire.encode(wire.Start(config)))
-            info = await cls._until_ready(process, reader, frames, on_progress)
+            group = await host.start_group(size, config.start_timeout)
+            conversation = await Conversation.start(group, config, listeners, on_progress)
         except BaseException:
-            process.kill()
-            process.wait()
-            writer.close()
+            await host.close()
             raise
-        return cls(process, reader, writer, info, frames)
+        return cls(config, spawn, host, conversation, listeners)
 
-    @staticmethod
-    async def _until_ready(
-        process: subprocess.Popen[bytes],
-        reader: asyncio.StreamReader,
-        frames: wire.Frames,
-        on_progress: Callable[[wire.Progress], None],
-    ) -> wire.EngineInfo:
-        while data := await _read(reader):
-            for message in frames.feed(data):
-                if isinstance(message, wire.Progress):
-                    on_progress(message)
-                elif isinstance(message, wire.EngineInfo):
-                    return message
-                elif isinstance(message, wire.Failed):
-                    raise _start_error(message)
-        code = await asyncio.to_thread(process.wait)
-        raise EngineStartError(f"the engine's process ended while it was starting ({_exit(code)})")
+    @property
+    def info(self) -> wire.EngineInfo:
+        """Of the group that runs, or ran last."""
+        return self._conversation.info
 
-    def add_stats_listener(self, listener: Callable[[wire.Step], None]) -> None:
+    @property
+    def stats(self) -> wire.EngineStats:
+        """After the last step of the group that runs. They begin anew with each group."""
+        return self._conversation.stats
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that share the model."""
+        return self._config.tensor_parallel_size
+
+    @property
+    def pids(self) -> list[int]:
+        """Of those processes, by rank; empty when they have ended."""
+        return self._conversation.pids
+
+    def add_stats_listener(self, listener: Listener) -> None:
         """listener is called in the event loop with every step's message."""
         self._listeners.append(listener)
 
     @property
     def num_requests(self) -> int:
         """Requests that have not ended yet."""
-        return len(self._inboxes)
+        return len(self._conversation.inboxes)
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         """Yield what each step adds, or several steps together where the reader is slower. The last output has a
@@ -164,29 +173,34 @@ class AsyncEngine:
         if self._draining:
             raise EngineDrainingError("the server is shutting down: send the request to another, or again later")
         check_request(request, self.info)
-        if request.request_id in self._inboxes:
-            raise InvalidParameterError(f"a request with the id {request.request_id!r} is running", "request_id")
-        inbox = Inbox()
-        self._inboxes[request.request_id] = inbox
-        self._idle.clear()
+        conversation = self._conversation
+        inbox = conversation.open(request.request_id)
+        self._count_readers(1)
         finished = False
         try:
-            self._send(wire.Add(request))
+            conversation.send(wire.Add(request))
             while not finished:
                 output = await inbox.get()
                 finished = output.finish_reason is not None
-                if output.finish_reason == "error" and self.error is not None:
-                    raise self.error
+                if output.finish_reason == "error" and conversation.error is not None:
+                    raise conversation.error
                 yield output
         finally:
-            self._forget(request.request_id)
-            if not finished and self.error is None:
-                self._send(wire.Abort([request.request_id]))
+            conversation.close(request.request_id)
+            self._count_readers(-1)
+            if not finished:
+                conversation.send(wire.Abort([request.request_id]))
+
+    def _count_readers(self, change: int) -> None:
+        self._num_readers += change
+        if self._num_readers:
+            self._idle.clear()
+        else:
+            self._idle.set()
 
     def abort(self, request_id: str) -> None:
         """End a request; its stream ends with finish_reason "abort". Unknown and ended requests are no error."""
-        if self.error is None:
-            self._send(wire.Abort([request_id]))
+        self._conversation.send(wire.Abort([request_id]))
 
     async def num_cached(self, prompt: Sequence[int], cache_salt: str = "") -> int:
         """-> how many of a prompt's tokens a request with this salt would find in the prefix cache, as it is now.
@@ -196,127 +210,71 @@ class AsyncEngine:
         if self.error is not None:
             raise self.error
         check_prompt(prompt, self.info)
-        query = next(self._queries)
-        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._answers[query] = answer
-        try:
-            self._send(wire.CountCached(query, list(prompt), cache_salt))
-            return await answer
-        finally:
-            del self._answers[query]
+        return await self._conversation.num_cached(prompt, cache_salt)
 
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109  it says whether it was reached, and raises nothing
-        """Take nothing new, and wait up to `timeout` seconds for what runs. -> whether all of it ended."""
+        """Take nothing new, and wait up to `timeout` seconds for what runs. -> whether all of it ended.
+
+        A group that dies from now on is not started again.
+        """
         self._draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout)
-        return not self._inboxes
+        return not self._num_readers
 
     async def close(self) -> None:
-        """End the engine's process, now. What still runs gets EngineDeadError."""
+        """End every process, now. What still runs gets EngineDeadError."""
         self._closing = True
         if self.error is None:
-            self._send(wire.Shutdown())
+            self._conversation.send(wire.Shutdown())
+            await asyncio.wait([self._keeper], timeout=CLOSE_SECONDS)
+        else:
+            self._keeper.cancel()  # it may be starting a group
+        await self._host.close()
+        await asyncio.wait([self._keeper])
+
+    async def _keep(self) -> None:
+        """Listen to the group; when it has died, start another."""
         try:
-            await asyncio.wait_for(asyncio.to_thread(self._process.wait, 10), 11)
-        except (subprocess.TimeoutExpired, TimeoutError):
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
-        await self._receiver
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+            while True:
+                reason = await self._conversation.listen()
+                self._lose(reason)
+                if self._closing or self._draining:
+                    return
+                await self._start_again(reason)
+        except Exception as error:  # a fault of ours: nobody may be left waiting because of it
+            logger.exception("the engine's keeper failed: the server has to be started again")
+            self._lose(f"{type(error).__name__} in the server")
 
-    def _send(self, message: wire.ToEngine) -> None:
-        # Not awaited: a message is small against the socket's buffer, and the transport keeps what does not fit.
-        self._writer.write(wire.encode(message))
-
-    def _forget(self, request_id: str) -> None:
-        self._inboxes.pop(request_id, None)
-        if not self._inboxes:
-            self._idle.set()
-
-    async def _receive(self) -> None:
-        reason = ""
-        try:
-            while data := await _read(self._reader):
-                for message in self._frames.feed(data):
-                    if isinstance(message, wire.Step):
-                        self._deliver(message)
-                    elif isinstance(message, wire.CachedCount):
-                        self._answer(message)
-                    elif isinstance(message, wire.Failed):
-                        reason = _failure(message)
-        except msgspec.MsgspecError as error:
-            reason = f"it sent what cannot be read: {error}"
-            self._process.kill()
-        code = await asyncio.to_thread(self._process.wait)
-        self._die(reason or _exit(code))
-
-    def _deliver(self, step: wire.Step) -> None:
-        self.stats = step.stats
-        for output in step.outputs:
-            inbox = self._inboxes.get(output.request_id)
-            if inbox is not None:  # else its reader left, and the abort is on its way
-                inbox.put(output)
-        for listener in self._listeners:
-            listener(step)
-
-    def _answer(self, count: wire.CachedCount) -> None:
-        answer = self._answers.get(count.query)
-        if answer is not None and not answer.done():  # else nobody waits for it any more
-            answer.set_result(count.num_tokens)
-
-    def _die(self, reason: str) -> None:
-        text = "the engine was shut down" if self._closing else f"the engine's process died ({reason})"
+    def _lose(self, reason: str) -> None:
+        text = "the engine was shut down" if self._closing else f"the engine died: {reason}"
         self.error = EngineDeadError(text)
-        for request_id, inbox in self._inboxes.items():
-            inbox.put(Output(request_id=request_id, finish_reason="error", error=text))
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(self.error)
+        self._conversation.fail(self.error)
+
+    async def _start_again(self, reason: str) -> None:
+        """Return when a group is up, however many have to be tried."""
+        lost = time.monotonic()
+        logger.error("the engine died: %s; requests are answered with 503 until it is up again", reason)
+        for delay in _delays():
+            try:
+                if self._host.has_ended:
+                    await self._host.close()
+                    self._host = self._spawn()
+                group = await self._host.start_group(self.num_ranks, self._config.start_timeout)
+                self._conversation = await Conversation.start(group, self._config, self._listeners, _ignore)
+            except (PronkError, OSError) as error:
+                logger.error("the engine could not be started again, the next try is in %g s: %s", delay, error)
+                # Why stands in the log: it may name a path.
+                self.error = EngineDeadError(f"the engine died: {reason}; it could not be started again so far")
+                await asyncio.sleep(delay)
+            else:
+                self.restarts += 1
+                self.error = None
+                logger.warning("the engine is up again, %.1f s after it died", time.monotonic() - lost)
+                return
 
 
-def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """-> the engine's process, and our end of the socket to it."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pronk.engine.process", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            # A thread that spins while it waits for the others keeps the core that they, or this process, need.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-            # A Ctrl-C on the terminal is the server's to answer: it drains, then tells the engine.
-            start_new_session=True,
-        )
-    return process, ours
-
-
-async def _read(reader: asyncio.StreamReader) -> bytes:
-    """What has arrived; nothing when the other end is gone, however it went."""
-    try:
-        return await reader.read(READ_SIZE)
-    except ConnectionError:
-        return b""
-
-
-def _start_error(failed: wire.Failed) -> PronkError:
-    """The engine's own error where it is one that Pronk raises on purpose, else a fault of ours with its traceback."""
-    kind = getattr(errors, failed.kind, None)
-    if isinstance(kind, type) and issubclass(kind, PronkError):
-        return kind(failed.message)
-    return EngineStartError(
-        f"the engine failed while it was starting: {failed.kind}: {failed.message}\n{failed.traceback}"
-    )
-
-
-def _failure(failed: wire.Failed) -> str:
-    """Clients read it. An error that nobody raised on purpose may hold a path: it stands in the engine's own log."""
-    kind = getattr(errors, failed.kind, None)
-    on_purpose = isinstance(kind, type) and issubclass(kind, PronkError)
-    return failed.message if on_purpose else failed.kind
-
-
-def _exit(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+def _delays() -> Iterator[float]:
+    """-> seconds to wait after each start that failed."""
+    for power in itertools.count():
+        yield min(2.0**power, LONGEST_DELAY_SECONDS)

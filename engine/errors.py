@@ -12,7 +12,7 @@ PronkError
 ├── NonFiniteLogitsError        the model produced NaN or infinity for this one request
 └── EngineError                 the engine cannot serve anybody
     ├── EngineStartError            it did not come up
-    ├── EngineDeadError             its process is gone
+    ├── EngineDeadError             its processes are gone, until they are up again
     ├── EngineDrainingError         it is shutting down and takes nothing new
     └── GroupError                  a rank of a tensor-parallel group is gone or does not answer
         └── LeaderGone                  it is rank 0, which tells the others what to compute
@@ -81,7 +81,7 @@ class EngineStartError(EngineError):
 
 
 class EngineDeadError(EngineError):
-    """The engine's process is gone."""
+    """The engine's processes are gone: others are started in their place, unless it is shutting down."""
 
 
 class EngineDrainingError(EngineError):
@@ -91,10 +91,10 @@ class EngineDrainingError(EngineError):
 class GroupError(EngineError):
     """A rank of a tensor-parallel group is gone or does not answer: the group cannot go on without it.
 
-    ranks: those at fault.
+    ranks: those at fault, as far as is known.
     """
 
-    def __init__(self, message: str, ranks: Iterable[int]) -> None:
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
         super().__init__(message)
         self.ranks = tuple(sorted(ranks))
 

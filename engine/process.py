@@ -28,7 +28,6 @@ from pronk.engine.runner import ModelRunner, load_runner
 from pronk.engine.seat import Pulse, Seat
 from pronk.engine.tokenizer import load_vocabulary
 
-READ_SIZE = 1 << 20
 PROGRESS_INTERVAL_SECONDS = 0.1
 BEAT_SECONDS = 1.0
 """The longest that a rank with nothing to do goes without a beat."""
@@ -58,7 +57,7 @@ class Link:
             if not readable:
                 return messages
             try:
-                data = self._connection.recv(READ_SIZE)
+                data = self._connection.recv(wire.READ_SIZE)
             except ConnectionError as error:
                 raise Disconnected("the server is gone") from error
             if not data:

@@ -14,6 +14,8 @@ from pronk.engine.config import EngineConfig
 from pronk.engine.request import Output, Request
 
 HEADER = struct.Struct("<I")
+READ_SIZE = 1 << 20
+"""Bytes that either side reads at once, at most."""
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):

@@ -156,7 +156,7 @@ ANSWERS: dict[type[PronkError], Answer] = {
         503,
         SERVER_ERROR,
         "engine_down",
-        "The engine's process is gone.",
+        "The engine is gone: it died or hung, and is being started again.",
         reason="engine_down",
         retry_after=RETRY_AFTER_SECONDS,
     ),

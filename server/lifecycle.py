@@ -37,7 +37,6 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than proxies keep a connection for its next request (nginx 60 or 75 s), so that none is closed under them."""
 FLUSH_SECONDS = 1
 """What is left of an answer when its request has been cut gets this long to leave."""
-ENGINE_CHECK_SECONDS = 0.5
 
 
 class BindError(PronkError):
@@ -45,7 +44,7 @@ class BindError(PronkError):
 
 
 def serve(config: ServerConfig) -> int:
-    """Serve until told to stop. -> exit code: 0 after a stop that was asked for, 1 when the engine was lost.
+    """Serve until told to stop. -> exit code: 0 after a stop that was asked for, 1 when the engine was down at the end.
 
     Raises BindError, and what load_model raises.
     """
@@ -144,7 +143,8 @@ class Server:
                 logger.info("stopped while the model was loading")
                 return 0
             self._announce(model)
-            await self._until_told(model.engine)
+            # A lost engine comes back by itself; until then the server stays, to say so to whoever asks.
+            await self._signals.first.wait()
             return await self._drain(model.engine)
         finally:
             await self._end_http(answering)
@@ -171,16 +171,6 @@ class Server:
         needs_key = bool(self._config.api_keys)
         print(start_table(model.engine.info, names=self._service.names, url=url, needs_key=needs_key), flush=True)
 
-    async def _until_told(self, engine: Engine) -> None:
-        """Return at the first signal. Without its engine the server stays, to say so to whoever asks."""
-        told = False
-        while not self._signals.first.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._signals.first.wait(), ENGINE_CHECK_SECONDS)
-            if engine.error is not None and not told:
-                told = True
-                logger.error("%s: every request is answered with 503 until the server is started again", engine.error)
-
     async def _drain(self, engine: Engine) -> int:
         """Let what runs end, within the time there is and until a second signal. -> exit code."""
         self._service.drain()
@@ -195,6 +185,7 @@ class Server:
         drained = draining.done() and draining.result()
         await _cancel(draining, stopping)
         if engine.error is not None:
+            logger.error("stopped while the engine was down: %s", engine.error)
             return 1
         if drained:
             # The engine is done; what it said may still be on its way to a client that reads slowly.

@@ -139,8 +139,13 @@ class Metrics:
     def watch(self, engine: Engine) -> None:
         """Count the engine's steps from now on."""
         clock = TokenClock(self._token_gaps)
+        restarts = engine.restarts
 
         def on_step(step: Step) -> None:
+            nonlocal restarts
+            if engine.restarts != restarts:
+                restarts = engine.restarts
+                clock.forget()  # what ran before has ended without a last step
             self._last_step.set_to_current_time()
             clock.tick(step, time.perf_counter())
             if step.stats.step_sequences:
@@ -239,6 +244,10 @@ class TokenClock:
         for gap, times in times_of.items():
             self._gaps.add(gap, times)
 
+    def forget(self) -> None:
+        """None of the requests runs any more."""
+        self._last.clear()
+
 
 class _EngineState(Collector):
     """Reads the service and the engine's newest statistics at each scrape."""
@@ -265,9 +274,27 @@ class _EngineState(Collector):
             "engine_up", "1 when the engine's process runs.", model is not None and model.engine.error is None
         )
         if model is not None:
+            yield from self._group(model.engine)
             yield from self._memory(model.engine.info)
             yield from self._gauges(model.engine.stats)
             yield from self._counters(model.engine.stats)
+
+    def _group(self, engine: Engine) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            PREFIX + "engine_restarts",
+            "Times that the engine died or hung and came up again; its own counters begin anew then.",
+            labels=["model"],
+        )
+        family.add_metric([self._service.names[0]], engine.restarts)
+        yield family
+        up = GaugeMetricFamily(
+            PREFIX + "rank_up",
+            "1 when this one of the processes that share the model runs and can be asked.",
+            labels=["model", "rank"],
+        )
+        for rank in range(engine.num_ranks):
+            up.add_metric([self._service.names[0], str(rank)], float(engine.error is None))
+        yield up
 
     def _memory(self, info: EngineInfo) -> Iterator[Metric]:
         family = GaugeMetricFamily(

@@ -1,6 +1,6 @@
 """Service: what is served and whether it can be asked, from the first second of the process to its last.
 
-loading -> ready -> draining, and failed from any of them when the engine is gone. Knows the engine by its face only
+loading -> ready -> draining, and failed from any of them while the engine is gone. Knows the engine by its face only
 (`Engine`), and neither HTTP nor how a model is loaded.
 """
 
@@ -28,9 +28,17 @@ GRAMMARS_AT_ONCE = 2
 class Engine(Protocol):
     """What the server asks of pronk.engine.client.AsyncEngine."""
 
-    info: EngineInfo
-    stats: EngineStats
     error: EngineDeadError | None
+    restarts: int
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def num_ranks(self) -> int: ...
 
     @property
     def num_requests(self) -> int: ...
@@ -110,7 +118,7 @@ class Service:
 
     @property
     def failure(self) -> PronkError | None:
-        """Why nobody can be served any more."""
+        """Why nobody can be served: for good, or until the engine is up again."""
         return self.model.engine.error if self.model is not None and self.model.engine.error else self._failure
 
     def ready(self, model: ServedModel) -> None:

@@ -33,7 +33,8 @@ READINESS: dict[int | str, dict[str, Any]] = {
 @router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Readiness", responses=READINESS)
 async def health(request: Request) -> Response:
-    """200 when a token can be made; 503 while the model loads, while the server drains, and when the engine is gone."""
+    """200 when a token can be made; 503 while the model loads, while the server drains, and while the engine is
+    gone, until it is up again."""
     service: Service = request.app.state.service
     phase = service.phase
     body = {"status": phase.value}

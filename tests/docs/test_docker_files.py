@@ -287,7 +287,7 @@ def families() -> Iterator[Metric]:
         eos_token_ids=[0],
         load_seconds=0.0,
     )
-    engine = SimpleNamespace(info=info, stats=EngineStats(blocks_total=1), error=None)
+    engine = SimpleNamespace(info=info, stats=EngineStats(blocks_total=1), error=None, restarts=0, num_ranks=1)
     service = SimpleNamespace(names=("cria",), phase=Phase.READY, model=SimpleNamespace(engine=engine))
     registry = CollectorRegistry()
     Metrics(registry, service)  # type: ignore[arg-type]

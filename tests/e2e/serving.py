@@ -67,8 +67,14 @@ class Server:
 
     @property
     def engine(self) -> psutil.Process:
-        (child,) = psutil.Process(self.process.pid).children()
-        return child
+        """Rank 0."""
+        (host,) = psutil.Process(self.process.pid).children()
+        (rank,) = host.children()
+        return rank
+
+    def processes(self) -> list[psutil.Process]:
+        """All that it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     def wait(self) -> int:
         """-> exit code."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,22 +134,66 @@ def test_the_table_tells_what_is_served(server: Server, model: Path) -> None:
     assert "torch" not in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
-async def test_a_killed_engine_ends_streams_and_the_server_says_so(own_server: Server) -> None:
-    async with client_of(own_server) as client:
+@pytest.fixture
+def mendable(model: Path, tmp_path: Path) -> Iterator[tuple[Server, Path, Path]]:
+    """A server; its model's folder; and where that can be put, so that no engine can be started."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(model, folder)
+    running = Server(folder)
+    yield running, folder, tmp_path / "away"
+    running.end()
+
+
+async def test_a_killed_engine_ends_streams_and_comes_back_by_itself(mendable: tuple[Server, Path, Path]) -> None:
+    server, folder, away = mendable
+    async with client_of(server) as client:
+        asked = request(1, temperature=0)
+        before = await client.chat.completions.create(**asked)
         stream = aiter(await client.chat.completions.create(**long_request()))
         await anext(stream)
-        own_server.engine.kill()
-        with pytest.raises(openai.APIError, match="engine"):
+        folder.rename(away)
+        server.engine.kill()
+        with pytest.raises(openai.APIError, match="engine died: rank 0 was killed by signal 9"):
             await drain(stream)
         with pytest.raises(openai.InternalServerError) as caught:
             await client.chat.completions.create(**request(1))
-    assert caught.value.status_code == 503
-    status, body = own_server.get("/health")
-    assert status == 503
-    assert "signal 9" in json.loads(body)["reason"]
-    assert own_server.metric("pronk_engine_up") == 0
-    own_server.process.send_signal(signal.SIGTERM)
-    assert own_server.wait() == 1
+        assert caught.value.status_code == 503
+        status, body = server.get("/health")
+        assert status == 503
+        assert "signal 9" in json.loads(body)["reason"]
+        assert server.metric("pronk_engine_up") == 0 == server.metric("pronk_rank_up", rank="0")
+        away.rename(folder)
+        await asyncio.to_thread(until, lambda: server.get("/health")[0] == 200)
+        after = await client.chat.completions.create(**asked)
+    assert after.choices[0].message.content == before.choices[0].message.content
+    assert server.metric("pronk_engine_up") == 1 == server.metric("pronk_rank_up", rank="0")
+    assert server.metric("pronk_engine_restarts_total") == 1
+    processes = server.processes()
+    server.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(server.wait) == 0
+    assert not any(process.is_running() for process in processes)
+    log = "".join(server.errors)
+    assert "rank 0 was killed by signal 9; requests are answered with 503" in log
+    assert "the engine is up again" in log
+
+
+async def test_a_server_that_is_told_to_stop_while_its_engine_is_down_stops(
+    mendable: tuple[Server, Path, Path],
+) -> None:
+    server, folder, away = mendable
+    processes = server.processes()
+    folder.rename(away)
+    server.engine.kill()
+    await asyncio.to_thread(until, lambda: server.get("/health")[0] == 503)
+    server.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(server.wait) == 1
+    assert not any(process.is_running() for process in processes)
+
+
+def test_without_the_server_no_process_is_left(own_server: Server) -> None:
+    processes = own_server.processes()
+    own_server.process.kill()
+    until(lambda: not any(process.is_running() for process in processes))
 
 
 async def drain(stream: Any) -> None:

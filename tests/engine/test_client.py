@@ -1,9 +1,11 @@
-"""AsyncEngine and the engine's own process, for real: answers, aborts, failures at start, death on either side."""
+"""AsyncEngine and the engine's own processes, for real: answers, aborts, failures at start, death on either side, and
+coming back from it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,6 +27,7 @@ from pronk.engine.errors import (
     ContextLengthError,
     EngineDeadError,
     EngineDrainingError,
+    EngineStartError,
     InvalidParameterError,
     TensorError,
 )
@@ -55,7 +58,7 @@ async def engine(checkpoint: Path) -> AsyncIterator[AsyncEngine]:
     engine = await AsyncEngine.start(config_of(checkpoint))
     yield engine
     await engine.close()
-    assert not psutil.pid_exists(engine._process.pid)
+    assert psutil.Process().children(recursive=True) == []
 
 
 async def tokens_of(engine: AsyncEngine, name: str, prompt: list[int], params: SamplingParams = GREEDY) -> list[int]:
@@ -63,6 +66,17 @@ async def tokens_of(engine: AsyncEngine, name: str, prompt: list[int], params: S
     async for output in engine.generate(Request(request_id=name, prompt=prompt, params=params)):
         tokens += output.token_ids
     return tokens
+
+
+async def until_true(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not condition():  # noqa: ASYNC110  what other processes do sets no event
+            await asyncio.sleep(0.01)
+
+
+async def until_up(engine: AsyncEngine, restarts: int = 1) -> None:
+    """Wait until it has come back that many times."""
+    await until_true(lambda: engine.restarts == restarts and engine.error is None)
 
 
 async def until(engine: AsyncEngine, condition: Callable[[wire.EngineStats], bool]) -> None:
@@ -152,16 +166,19 @@ async def test_questions_that_cannot_be_answered_are_errors(engine: AsyncEngine)
     for wrong in ([-1], [512]):
         with pytest.raises(InvalidParameterError):
             await engine.num_cached(wrong)
-    os.kill(engine._process.pid, signal.SIGSTOP)
+    (pid,) = engine.pids
+    os.kill(pid, signal.SIGSTOP)
     waiting = asyncio.create_task(engine.num_cached([1]))
     left = asyncio.create_task(engine.num_cached([1]))
     await asyncio.sleep(0)
     left.cancel()
-    os.kill(engine._process.pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineDeadError):
         await asyncio.wait_for(waiting, DEADLINE)
     with pytest.raises(EngineDeadError):
         await engine.num_cached([1])
+    await until_up(engine)
+    assert await engine.num_cached([1]) == 0
 
 
 @pytest.mark.parametrize(
@@ -218,30 +235,157 @@ async def test_draining_gives_up_at_its_deadline(engine: AsyncEngine) -> None:
         await running
 
 
-async def test_a_killed_engine_fails_every_request_and_says_why(checkpoint: Path) -> None:
-    engine = await AsyncEngine.start(config_of(checkpoint))
+async def test_a_killed_engine_fails_every_request_says_why_and_serves_again(
+    engine: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    before = await tokens_of(engine, "before", [1, 2, 3])
+    steps = engine.stats.steps
     running = [asyncio.create_task(tokens_of(engine, str(number), [number], ENDLESS)) for number in range(4)]
     await until(engine, lambda stats: stats.num_running == 4)
-    os.kill(engine._process.pid, signal.SIGKILL)
+    os.kill(engine.pids[0], signal.SIGKILL)
     results = await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), DEADLINE)
-    assert all(isinstance(result, EngineDeadError) and "signal 9" in str(result) for result in results)
+    why = "the engine died: rank 0 was killed by signal 9"
+    assert [str(result) for result in results] == [why] * 4
+    assert all(isinstance(result, EngineDeadError) for result in results)
+    assert str(engine.error) == why
+    assert engine.num_requests == 0
+    assert engine.stats == wire.EngineStats(blocks_total=engine.info.num_blocks)
     with pytest.raises(EngineDeadError):
         await tokens_of(engine, "late", [1])
-    assert engine.error is not None
+    engine.abort("0")
+    await until_up(engine)
+    engine.abort("0")
+    assert await tokens_of(engine, "0", [1, 2, 3]) == before
+    assert 0 < engine.stats.steps <= steps
+    lines = [record.getMessage() for record in caplog.records if record.name == "pronk.engine.client"]
+    assert len(lines) == 2
+    assert why in lines[0]
+    assert re.search(r"up again, \d+\.\d s after it died", lines[1])
+
+
+async def test_it_comes_back_every_time(engine: AsyncEngine) -> None:
+    for round_ in range(1, 4):
+        os.kill(engine.pids[0], signal.SIGKILL)
+        await until_up(engine, round_)
+        assert await tokens_of(engine, "same id", [1, 2, 3])
+
+
+async def test_a_hung_engine_counts_as_dead_and_serves_again(checkpoint: Path) -> None:
+    engine = await AsyncEngine.start(config_of(checkpoint, step_timeout=1.0))
+    running = asyncio.create_task(tokens_of(engine, "running", [1], ENDLESS))
+    await until(engine, lambda stats: stats.num_running == 1)
+    os.kill(engine.pids[0], signal.SIGSTOP)
+    with pytest.raises(EngineDeadError, match="rank 0 did not answer for 1 s"):
+        await asyncio.wait_for(running, DEADLINE)
+    await until_up(engine)
+    assert await tokens_of(engine, "next", [1])
     await engine.close()
+    assert psutil.Process().children(recursive=True) == []
+
+
+async def test_an_idle_engine_does_not_count_as_hung(checkpoint: Path) -> None:
+    engine = await AsyncEngine.start(config_of(checkpoint, step_timeout=1.0))
+    await asyncio.sleep(2)  # this time is what is tested
+    assert engine.error is None
+    assert engine.restarts == 0
+    await engine.close()
+
+
+async def test_a_request_of_an_engine_whose_death_is_not_known_yet_gets_the_error(engine: AsyncEngine) -> None:
+    os.kill(engine._host.pid, signal.SIGSTOP)  # whoever would tell
+    os.kill(engine.pids[0], signal.SIGKILL)
+    waiting = asyncio.create_task(tokens_of(engine, "waiting", [1]))
+    asked = asyncio.create_task(engine.num_cached([1]))
+    await until_true(lambda: engine.num_requests == 1)
+    assert engine.error is None
+    os.kill(engine._host.pid, signal.SIGCONT)
+    for task in (waiting, asked):
+        with pytest.raises(EngineDeadError, match="signal 9"):
+            await asyncio.wait_for(task, DEADLINE)
+    await until_up(engine)
+
+
+async def test_without_its_host_an_engine_dies_and_comes_back_with_another(engine: AsyncEngine) -> None:
+    running = asyncio.create_task(tokens_of(engine, "running", [1], ENDLESS))
+    await until(engine, lambda stats: stats.num_running == 1)
+    os.kill(engine._host.pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match="host of its processes was killed by signal 9"):
+        await asyncio.wait_for(running, DEADLINE)
+    await until_up(engine)
+    assert await tokens_of(engine, "next", [1])
+
+
+@pytest.fixture
+async def down(checkpoint: Path, tmp_path: Path) -> AsyncIterator[tuple[AsyncEngine, Callable[[], None]]]:
+    """An engine that has died and cannot be started again; and what lets it."""
+    there, away = tmp_path / "model", tmp_path / "away"
+    shutil.copytree(checkpoint, there)
+    engine = await AsyncEngine.start(config_of(there))
+    there.rename(away)
+    os.kill(engine.pids[0], signal.SIGKILL)
+    await until_true(lambda: "could not be started again" in str(engine.error))
+    assert str(tmp_path) not in str(engine.error)
+    yield engine, lambda: away.rename(there) and None
+    await engine.close()
+    assert psutil.Process().children(recursive=True) == []
+
+
+Down = tuple[AsyncEngine, Callable[[], None]]
+
+
+async def test_a_start_that_fails_is_tried_again(down: Down, caplog: pytest.LogCaptureFixture) -> None:
+    engine, mend = down
+    assert engine.restarts == 0
+    with pytest.raises(EngineDeadError, match="signal 9"):
+        await tokens_of(engine, "late", [1])
+    await until_true(lambda: "next try is in 2 s" in caplog.text)
+    mend()
+    await until_up(engine)
+    assert await tokens_of(engine, "next", [1])
+
+
+async def test_an_engine_that_is_down_has_drained(down: Down) -> None:
+    engine, _ = down
+    assert await engine.drain(DEADLINE)
+    assert engine.error is not None
+
+
+async def test_an_engine_can_be_closed_while_it_starts_again(checkpoint: Path) -> None:
+    engine = await AsyncEngine.start(config_of(checkpoint))
+    os.kill(engine.pids[0], signal.SIGKILL)
+    await until_true(lambda: engine.error is not None)
+    await asyncio.wait_for(engine.close(), DEADLINE)
+    assert engine.restarts == 0
+    assert psutil.Process().children(recursive=True) == []
+
+
+async def test_an_engine_that_dies_while_it_drains_is_not_started_again(engine: AsyncEngine) -> None:
+    running = asyncio.create_task(tokens_of(engine, "running", [1], ENDLESS))
+    await until(engine, lambda stats: stats.num_running == 1)
+    drained = asyncio.create_task(engine.drain(DEADLINE))
+    await asyncio.sleep(0)
+    os.kill(engine.pids[0], signal.SIGKILL)
+    assert await drained
+    with pytest.raises(EngineDeadError, match="signal 9"):
+        await running
+    await asyncio.wait_for(engine._keeper, DEADLINE)
+    assert engine.error is not None
 
 
 async def test_an_engine_that_sends_nonsense_counts_as_dead(engine: AsyncEngine) -> None:
     running = asyncio.create_task(tokens_of(engine, "running", [1], ENDLESS))
     await until(engine, lambda stats: stats.num_running == 1)
-    engine._frames = wire.Frames(wire.ToEngine)  # what the engine says is no message of that direction
+    engine._conversation._frames = wire.Frames(wire.ToEngine)  # what the engine says is no message of that direction
     with pytest.raises(EngineDeadError, match="cannot be read"):
         await asyncio.wait_for(running, DEADLINE)
+    await until_up(engine)
+    assert await tokens_of(engine, "next", [1])
 
 
 async def test_signals_that_mean_the_server_leave_the_engine_alone(engine: AsyncEngine) -> None:
-    os.kill(engine._process.pid, signal.SIGINT)
-    os.kill(engine._process.pid, signal.SIGTERM)
+    os.kill(engine.pids[0], signal.SIGINT)
+    os.kill(engine.pids[0], signal.SIGTERM)
     assert await tokens_of(engine, "still there", [1, 2, 3])
 
 
@@ -262,6 +406,37 @@ async def test_what_the_engine_meets_at_start_is_raised_by_its_own_name(checkpoi
         await AsyncEngine.start(config_of(checkpoint, max_model_len=10**6))
     with pytest.raises(TensorError, match=r"layers\.2"):
         await AsyncEngine.start(config_of(without_a_layer(checkpoint, tmp_path / "damaged")))
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (signal.SIGKILL, "rank 0 was killed by signal 9"),
+        (signal.SIGSTOP, "rank 0 made no progress for 1 s while it was starting"),
+    ],
+)
+async def test_a_rank_that_is_lost_while_it_starts_is_named(checkpoint: Path, number: int, why: str) -> None:
+    def lose(progress: wire.Progress) -> None:
+        (host,) = psutil.Process().children()
+        (rank,) = host.children()
+        rank.send_signal(number)
+
+    with pytest.raises(EngineStartError, match=why):
+        await AsyncEngine.start(config_of(checkpoint, start_timeout=1.0), on_progress=lose)
+    assert psutil.Process().children(recursive=True) == []
+
+
+@pytest.mark.parametrize("is_up", [False, True], ids=["before there is a group", "while it loads"])
+async def test_a_start_that_is_cancelled_leaves_no_process(checkpoint: Path, is_up: bool) -> None:
+    has_begun = asyncio.Event()
+    starting = asyncio.create_task(
+        AsyncEngine.start(config_of(checkpoint), on_progress=lambda progress: has_begun.set())
+    )
+    await (has_begun.wait() if is_up else until_true(lambda: bool(psutil.Process().children())))
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(starting, DEADLINE)
+    assert psutil.Process().children(recursive=True) == []
 
 
 def without_a_layer(checkpoint: Path, folder: Path) -> Path:

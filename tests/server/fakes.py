@@ -102,6 +102,8 @@ class FakeEngine:
         self.info = info(**changes)
         self.stats = EngineStats(blocks_total=self.info.num_blocks)
         self.error: EngineDeadError | None = None
+        self.restarts = 0
+        self.num_ranks = 1
         self.script = script
         self.requests: list[Request] = []
         self.aborted: list[str] = []
@@ -158,9 +160,15 @@ class FakeEngine:
         return common - common % self.info.block_size
 
     def die(self) -> None:
-        """The process is gone."""
-        self.error = EngineDeadError("the engine's process died (killed by signal 9)")
+        """Its processes are gone."""
+        self.error = EngineDeadError("the engine died: rank 0 was killed by signal 9")
         self.gate.set()
+
+    def come_back(self) -> None:
+        """Others run in their place."""
+        self.error = None
+        self.restarts += 1
+        self.stats = EngineStats(blocks_total=self.info.num_blocks)
 
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109
         self._draining = True

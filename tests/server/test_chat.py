@@ -157,7 +157,7 @@ async def test_an_engine_that_dies_ends_streams_with_an_error_event(connect: Con
     assert last["error"]["type"] == "server_error"
     health = await client.call("GET", "/health")
     assert health.status == 503
-    assert health.json == {"status": "failed", "reason": "the engine's process died (killed by signal 9)"}
+    assert health.json == {"status": "failed", "reason": "the engine died: rank 0 was killed by signal 9"}
 
 
 async def test_an_engine_that_dies_fails_whole_answers(connect: Connect) -> None:

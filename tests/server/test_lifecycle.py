@@ -97,25 +97,30 @@ async def test_a_signal_while_loading_ends_at_once(start: Start) -> None:
     assert await running.code() == 0
 
 
-async def test_a_dead_engine_leaves_a_server_that_says_so(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_dead_engine_leaves_a_server_that_says_so_and_serves_when_it_is_back(start: Start) -> None:
     running = start()
     await running.until_ready()
     running.engine.die()
     assert (await running.chat())[0] == 503
     status, body = await running.get("/health")
     assert (status, json.loads(body)["status"]) == (503, "failed")
+    running.engine.come_back()
+    await running.until_health_is(200)
+    assert (await running.chat())[0] == 200
+    running.signal()
+    assert await running.code() == 0
+
+
+async def test_a_server_that_is_stopped_while_its_engine_is_down_says_so_by_its_exit_code(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = start()
+    await running.until_ready()
+    running.engine.die()
     running.signal()
     assert await running.code() == 1
-    assert (
-        len(
-            [
-                record
-                for record in caplog.records
-                if "killed by signal 9" in record.message and "every request" in record.message
-            ]
-        )
-        == 1
-    )
+    (line,) = [record.message for record in caplog.records if "killed by signal 9" in record.message]
+    assert line.startswith("stopped while the engine was down")
 
 
 async def test_an_engine_that_cannot_start_ends_the_server(start: Start) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pronk.engine.errors import EngineDeadError
 from pronk.engine.request import Output, Timing
 from pronk.engine.wire import EngineStats, Step
 from pronk.server.metrics import INTER_TOKEN_LATENCY, REJECTIONS, TIME_TO_FIRST_TOKEN, BucketCounts, TokenClock
@@ -125,6 +124,9 @@ async def test_phases(connect: Connect) -> None:
     def phase(samples: Samples) -> list[float]:
         return [value(samples, name) for name in ("ready", "draining", "engine_up")]
 
+    def ranks(samples: Samples) -> list[float]:
+        return [value(samples, "rank_up", rank=str(rank)) for rank in range(2)]
+
     client = connect(ready=False)
     assert phase(await scrape(client)) == [0, 0, 0]
     assert (await client.chat()).status == 503
@@ -137,8 +139,38 @@ async def test_phases(connect: Connect) -> None:
     samples = await scrape(client)
     assert phase(samples) == [0, 1, 1]
     assert value(samples, "request_rejections_total", reason="draining") == 1
-    client.engine.error = EngineDeadError("gone")
-    assert phase(await scrape(client)) == [0, 0, 0]
+
+    client = connect()
+    client.engine.num_ranks = 2
+    assert ranks(await scrape(client)) == [1, 1]
+    client.engine.die()
+    samples = await scrape(client)
+    assert phase(samples) == [0, 0, 0]
+    assert ranks(samples) == [0, 0]
+    assert value(samples, "engine_restarts_total") == 0
+    client.engine.come_back()
+    samples = await scrape(client)
+    assert phase(samples) == [1, 0, 1]
+    assert ranks(samples) == [1, 1]
+    assert value(samples, "engine_restarts_total") == 1
+
+
+async def test_requests_of_an_engine_that_died_have_no_tokens_in_the_next_one(connect: Connect) -> None:
+    client = connect(FakeEngine(lambda request: outputs([97, 98])))
+    client.engine.hold_after = 1
+    call = asyncio.create_task(client.chat())
+    await client.engine.until(lambda: client.engine.stats.steps == 1)
+    request = client.engine.requests[0]
+    client.engine.die()
+    assert (await call).status == 503
+    client.engine.come_back()
+    client.engine.hold_after = None
+    await client.chat()
+    before = await scrape(client)
+    client.engine._step(made(request.request_id))
+    after = await scrape(client)
+    name = "inter_token_latency_seconds_count"
+    assert value(after, name) == value(before, name) == 1
 
 
 async def test_labels_cannot_be_made_up_by_clients(connect: Connect) -> None:
