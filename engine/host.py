@@ -107,7 +107,7 @@ class Host:
             seats = make_seats(order.size, link, self._make_orders)
             self._group = Group(order, seats, self._launch, is_watched=self._is_watched)
         except OSError as error:
-            self._send(control.GroupEnded(0, f"rank 0 could not be started: {error}"))
+            self._send(control.GroupEnded(0, f"not all of its processes could be started: {error}"))
         else:
             self._send(control.GroupStarted(self._group.pids))
 

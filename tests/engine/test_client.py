@@ -31,6 +31,7 @@ from pronk.engine.errors import (
     InvalidParameterError,
     TensorError,
 )
+from pronk.engine.host_process import HostProcess
 from pronk.engine.llm import LLM
 from pronk.engine.request import Request, SamplingParams
 
@@ -314,6 +315,26 @@ async def test_without_its_host_an_engine_dies_and_comes_back_with_another(engin
         await asyncio.wait_for(running, DEADLINE)
     await until_up(engine)
     assert await tokens_of(engine, "next", [1])
+
+
+SPAWNING = """
+import socket, sys
+from pronk.engine import group, host
+connection = socket.socket(fileno=int(sys.argv[1]))
+connection.set_inheritable(False)
+host.Host(connection, host.no_orders, lambda leave: group.spawned, is_watched=False).run()
+"""
+
+
+async def test_where_a_host_must_not_fork_it_starts_an_interpreter_for_each_engine(checkpoint: Path) -> None:
+    engine = await AsyncEngine.start(config_of(checkpoint), spawn=lambda: HostProcess.spawn(("-c", SPAWNING)))
+    assert psutil.Process(engine.pids[0]).cmdline()[1:3] == ["-m", "pronk.engine.process"]
+    before = await tokens_of(engine, "first", [1])
+    os.kill(engine.pids[0], signal.SIGKILL)
+    await until_up(engine)
+    assert await tokens_of(engine, "second", [1]) == before
+    await engine.close()
+    assert psutil.Process().children(recursive=True) == []
 
 
 @pytest.fixture

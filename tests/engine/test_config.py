@@ -81,6 +81,10 @@ REFUSED: list[tuple[type, dict[str, object], str]] = [
     (EngineConfig, {"max_model_len": 0}, "--max-model-len 0"),
     (EngineConfig, {"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
     (EngineConfig, {"tensor_parallel_size": 0}, "--tensor-parallel-size 0"),
+    (EngineConfig, {"step_timeout": 0.5}, "--step-timeout 0.5"),
+    (EngineConfig, {"step_timeout": float("nan")}, "--step-timeout nan"),
+    (EngineConfig, {"start_timeout": 0.0}, "--start-timeout 0"),
+    (EngineConfig, {"start_timeout": float("inf")}, "--start-timeout inf"),
     (EngineConfig, {"seed": 2**63}, f"--seed {2**63}"),
     (EngineConfig, {"seed": -(2**63) - 1}, f"--seed {-(2**63) - 1}"),
 ]
