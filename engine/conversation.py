@@ -59,6 +59,9 @@ class Conversation:
         try:
             group.writer.write(wire.encode(wire.Start(config)))
             info = await _until_ready(group, frames, on_progress)
+        except msgspec.MsgspecError as error:
+            group.writer.close()
+            raise EngineStartError(f"the engine sent what cannot be read while it was starting: {error}") from error
         except BaseException:
             group.writer.close()
             raise

@@ -3,7 +3,8 @@
     python stub_ranks.py FD PATIENCE
 
 PATIENCE: seconds, once a rank serves; 0: it starts for ever. What rank 0 reads from its link: "p" is answered, "q" ends
-it with 0, and a digit makes the rank of that number fail. A rank that loses another one says so by its exit code.
+it with 0, and a digit makes the rank of that number fail. A rank that loses another one says so by its exit code; "l"
+makes rank 0 do so a while before rank 1 is gone.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import functools
 import select
 import socket
 import sys
+import time
 
 from pronk.engine.group import forked
 from pronk.engine.host import Host
 from pronk.engine.seat import LOST_PEER, Seat
 
 BEAT_SECONDS = 0.02
+LATE_SECONDS = 0.05
 FAILURE = 7
 
 
@@ -61,6 +64,9 @@ def lead(seat: Seat, link: socket.socket) -> int:
                 return FAILURE
             if told == b"p":
                 link.sendall(told)
+            elif told == b"l":
+                followers[0].sendall(told)
+                return LOST_PEER
             else:
                 followers[int(told) - 1].sendall(told)
 
@@ -72,7 +78,10 @@ def follow(seat: Seat) -> int:
         seat.pulse.beat()
         readable, _, _ = select.select([seat.orders], [], [], BEAT_SECONDS)
         if readable:
-            return FAILURE if seat.orders.recv(1) else LOST_PEER
+            told = seat.orders.recv(1)
+            if told == b"l":
+                time.sleep(LATE_SECONDS)
+            return FAILURE if told else LOST_PEER
 
 
 if __name__ == "__main__":

@@ -265,6 +265,16 @@ async def test_a_killed_engine_fails_every_request_says_why_and_serves_again(
     assert re.search(r"up again, \d+\.\d s after it died", lines[1])
 
 
+async def test_a_reader_that_looks_when_it_is_up_again_gets_the_error_of_its_own(engine: AsyncEngine) -> None:
+    outputs = engine.generate(Request(request_id="slow", prompt=[1], params=ENDLESS))
+    await anext(outputs)
+    os.kill(engine.pids[0], signal.SIGKILL)
+    await until_up(engine)
+    with pytest.raises(EngineDeadError, match="signal 9"):
+        [output async for output in outputs]
+    assert engine.num_requests == 0
+
+
 async def test_it_comes_back_every_time(engine: AsyncEngine) -> None:
     for round_ in range(1, 4):
         os.kill(engine.pids[0], signal.SIGKILL)
@@ -334,6 +344,24 @@ async def test_where_a_host_must_not_fork_it_starts_an_interpreter_for_each_engi
     await until_up(engine)
     assert await tokens_of(engine, "second", [1]) == before
     await engine.close()
+    assert psutil.Process().children(recursive=True) == []
+
+
+NONSENSE = """
+import signal, socket, sys
+from pronk.engine import group, host
+def run_rank(seat):
+    seat.link.sendall(bytes(100))
+    signal.pause()
+connection = socket.socket(fileno=int(sys.argv[1]))
+connection.set_inheritable(False)
+host.Host(connection, host.no_orders, lambda leave: group.forked(run_rank, leave)).run()
+"""
+
+
+async def test_an_engine_that_sends_nonsense_does_not_start(checkpoint: Path) -> None:
+    with pytest.raises(EngineStartError, match="cannot be read"):
+        await AsyncEngine.start(config_of(checkpoint), spawn=lambda: HostProcess.spawn(("-c", NONSENSE)))
     assert psutil.Process().children(recursive=True) == []
 
 

@@ -157,6 +157,14 @@ def test_a_rank_that_fails_is_named_and_not_those_that_lose_it(make_host: MakeHo
     assert are_gone(ranks)
 
 
+def test_a_rank_that_lost_another_waits_for_that_one_to_be_named(make_host: MakeHost) -> None:
+    host = make_host(DEADLINE)
+    ranks = host.start(2)
+    host.tell(b"l")
+    assert host.receive() == GroupEnded(1, "rank 1 ended with exit code 7")
+    assert are_gone(ranks)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_an_orderly_end_of_rank_0_ends_all(make_host: MakeHost, size: int) -> None:
     host = make_host(DEADLINE)
@@ -193,9 +201,12 @@ def test_ranks_that_beat_are_left_alone(make_host: MakeHost, size: int) -> None:
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_time_in_which_nobody_ran_does_not_count(make_host: MakeHost, size: int) -> None:
     host = make_host(PATIENCE)
-    frozen = [psutil.Process(host.process.pid), *host.start(size)]
-    for process in frozen:
-        process.send_signal(signal.SIGSTOP)
+    ranks = host.start(size)
+    frozen = [psutil.Process(host.process.pid), *ranks]
+    for rank in ranks:
+        rank.send_signal(signal.SIGSTOP)
+    time.sleep(PATIENCE / 4)  # the host looks once or twice
+    frozen[0].send_signal(signal.SIGSTOP)
     time.sleep(3 * PATIENCE)  # this time is what is tested
     for process in frozen:
         process.send_signal(signal.SIGCONT)
@@ -234,7 +245,8 @@ def test_twenty_groups_leave_nothing_behind(make_host: MakeHost) -> None:
     shared = sorted(os.listdir("/dev/shm"))
     for round_ in range(20):
         ranks = host.start(4)
-        assert all(rank.num_fds() < before + 8 for rank in ranks)
+        # Standard input, output and error, and what is a rank's own: link, listener and three ends, or one end.
+        assert [rank.num_fds() for rank in ranks] == [8, 4, 4, 4]
         ranks[round_ % 4].kill()
         host.receive()
     assert host.descriptors() == before
