@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
+from pronk.engine.model.split import split_of
 from pronk.engine.tokenizer import Tokenizer, load_vocabulary
 from pronk.engine.weights.checkpoint import open_checkpoint
 from pronk.kernels import reference
@@ -97,8 +98,9 @@ def _shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def logits(model: Model, kernels: Any, dtype: torch.dtype, format: Any) -> Tensor:
     """Of every position of every text, float32."""
     with torch.inference_mode():
+        split = split_of(model.config, 0, 1)
         loaded = llama.load(
-            model.config, kernels, model.tensors, dtype=dtype, device=CPU, num_positions=LENGTH, weight_format=format
+            split, kernels, model.tensors, dtype=dtype, device=CPU, num_positions=LENGTH, weight_format=format
         )
         found = []
         for text in model.texts:

@@ -218,7 +218,8 @@ def steps(kernels: CpuKernels, name: str) -> Iterator[Row]:
     for format in ("plain", "int8"):
         with torch.inference_mode():
             model = gpu_inputs.random_model(kernels, llama, CPU, format, num_positions=16384)
-        read = model.nbytes - model.cos_sin.nbytes - (0 if model.embedding is model.head else model.embedding.nbytes)
+        table = model.embedding.table
+        read = model.nbytes - model.cos_sin.nbytes - (0 if table is model.head.weight else table.nbytes)
         for rows, context in ((1, 128), (1, 1024), (8, 192), (32, 192)):
             run = _step(model, llama, [1] * rows, [context] * rows)
             cached = 4.0 * rows * context * llama.num_key_value_heads * llama.head_dim * llama.num_hidden_layers
@@ -256,7 +257,7 @@ def _step(model, llama, lens: list[int], contexts: list[int], *, head: bool = Tr
     def run() -> Tensor | None:
         with torch.inference_mode():
             hidden = model.forward(ids, step, layers)
-            return model.kernels.linear_argmax(hidden[step.logit_rows], model.head)[0] if head else None
+            return model.kernels.linear_argmax(hidden[step.logit_rows], model.head.weight)[0] if head else None
 
     return run
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pronk.engine.model import llama as llama_model
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.model.rope import cos_sin_table
+from pronk.engine.model.split import split_of
 from pronk.kernels.interface import LayerCache, Queries, SamplingBatch
 
 BLOCK_SIZE = 16
@@ -142,7 +143,7 @@ def random_model(
         return torch.randn(shape, device=where, dtype=torch.bfloat16).mul_(0.02)
 
     return llama_model.load(
-        llama,
+        split_of(llama, 0, 1),
         gpu,
         ((name, make(shape)) for name, shape in shapes.items()),
         dtype=torch.bfloat16,

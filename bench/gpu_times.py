@@ -247,13 +247,13 @@ def _decode_step(
 
     def run() -> None:
         hidden = model.forward(tokens, step, kv)  # type: ignore[arg-type]
-        ids, _ = gpu.linear_argmax(hidden, model.head)
+        ids, _ = gpu.linear_argmax(hidden, model.head.weight)
         tokens.copy_(ids.clamp(min=0))
 
     with torch.inference_mode():
         seconds = device.seconds([run])
     cached = sum(_bytes_read(layer, batch * context, llama) for layer in layers)
-    embedding = 0 if model.embedding is model.head else model.embedding.nbytes
+    embedding = 0 if model.embedding.table is model.head.weight else model.embedding.table.nbytes
     return seconds, model.nbytes - embedding - model.cos_sin.nbytes + cached
 
 

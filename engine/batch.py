@@ -1,4 +1,4 @@
-"""A step's plan as the tensors that one forward needs. Knows rows and blocks; not who they belong to, nor why.
+"""A step's rows as the tensors that one forward needs. Knows slots and blocks; not who they belong to, nor why.
 
 All numbers of a step lie in one buffer, filled on the host and copied at once: `Layout` says where each part is. A
 layout may have more places than the step has tokens and sequences; those are padding, which writes nothing.
@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pronk.engine.sampling.sampler import NUMBERS, numbers
-from pronk.engine.scheduler import Row
+from pronk.engine.orders import RowOrder
+from pronk.engine.sampling.sampler import NUMBERS, columns
 from pronk.kernels.interface import Queries, SamplingBatch
 
 
@@ -131,7 +131,7 @@ def _sampling(parts: Mapping[str, Tensor]) -> SamplingBatch:
     )
 
 
-def layout_of(rows: Rows[Row], block_size: int, *, draws: bool) -> Layout:
+def layout_of(rows: Rows[RowOrder], block_size: int, *, draws: bool) -> Layout:
     """The layout without padding. rows: at least one."""
     longest = max(row.end for row in rows)
     return Layout(
@@ -151,12 +151,10 @@ class BatchBuilder:
     def __init__(self, *, num_slots: int, max_model_len: int, block_size: int) -> None:
         self._block_size = block_size
         self._tables = np.zeros((num_slots, -(-max_model_len // block_size)), dtype=np.int64)
-        self._lists: list[list[int]] = [[] for _ in range(num_slots)]
-        self._known = [0] * num_slots
         self.padding_slot = num_slots
         """The slot that padding's samples go to."""
 
-    def fill(self, rows: Rows[Row], layout: Layout, buffer: NDArray[np.int64]) -> None:
+    def fill(self, rows: Rows[RowOrder], layout: Layout, buffer: NDArray[np.int64]) -> None:
         """buffer int64 [layout.size]: written whole."""
         parts = layout.views(buffer)
         buffer.fill(0)
@@ -166,37 +164,23 @@ class BatchBuilder:
         parts["starts"].fill(layout.num_tokens)
         first, sampling = 0, 0
         for index, row in enumerate(rows):
-            sequence, end = row.sequence, first + row.num_tokens
-            slot = self._slot(row)
-            known = sequence.tokens[row.start : row.end]
-            parts["token_ids"][first : first + len(known)] = known
-            parts["from_slots"][first + len(known) : end] = slot
+            end, known = first + row.num_tokens, first + len(row.token_ids)
+            self._tables[row.slot, row.first_block : row.first_block + len(row.blocks)] = row.blocks
+            parts["token_ids"][first:known] = row.token_ids
+            parts["from_slots"][known:end] = row.slot
             parts["positions"][first:end] = np.arange(row.start, row.end)
             parts["starts"][index], parts["lens"][index], parts["context_lens"][index] = first, row.num_tokens, row.end
             held = -(-row.end // self._block_size)
-            parts["block_tables"][index, :held] = self._tables[slot, :held]
+            parts["block_tables"][index, :held] = self._tables[row.slot, :held]
             if row.samples:
-                parts["logit_rows"][sampling], parts["to_slots"][sampling] = end - 1, slot
+                parts["logit_rows"][sampling], parts["to_slots"][sampling] = end - 1, row.slot
                 sampling += 1
             first = end
-        if layout.draws and sampling:
-            own = numbers((row.sequence.params, row.sequence.seed, row.end) for row in rows if row.samples)
+        if layout.draws:
+            own = columns([row.numbers for row in rows if row.numbers is not None])
             for name, values in own.items():
                 parts[name][:sampling] = values
         tables, lens, positions, slots = (parts[name] for name in ("block_tables", "lens", "positions", "slots"))
         owners = np.repeat(np.arange(len(rows)), lens[: len(rows)])
         places = positions[:first]
         slots[:first] = tables[owners, places // self._block_size] * self._block_size + places % self._block_size
-
-    def _slot(self, row: Row) -> int:
-        """-> the row's slot, its table brought up to date."""
-        sequence = row.sequence
-        slot = sequence.slot
-        if slot is None:
-            raise ValueError(f"request {sequence.request_id} runs without a slot")
-        blocks = sequence.block_table
-        # A sequence that starts anew gets another list; while it runs, its list only grows.
-        known = self._known[slot] if self._lists[slot] is blocks else 0
-        self._tables[slot, known : len(blocks)] = blocks[known:]
-        self._lists[slot], self._known[slot] = blocks, len(blocks)
-        return slot

@@ -158,7 +158,13 @@ class EngineConfig:
         "on the requests beside it, and a seed does not bring an answer back",
         flag="--vendor-products",
     )
-    tensor_parallel_size: int = option(1, "devices that share the model", flag="--tensor-parallel-size")
+    tensor_parallel_size: int = option(
+        1,
+        "ranks that share the model: GPUs of this host, or processes on a CPU; each has its share of the heads, of the "
+        "MLP's width, of the vocabulary and of the KV cache. Answers are the same whatever runs beside them, at each "
+        "number of ranks, and may differ between numbers",
+        flag="--tensor-parallel-size",
+    )
     seed: int | None = option(
         None,
         "seed of requests that name none, so that the same request always gets the same answer, and of dummy weights "
@@ -196,10 +202,8 @@ class EngineConfig:
             raise ConfigError(f"--max-model-len {self.max_model_len}: at least 1 token must fit")
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ConfigError(f"--cpu-threads {self.cpu_threads}: at least 1 thread must run the model")
-        if self.tensor_parallel_size != 1:
-            raise ConfigError(
-                f"--tensor-parallel-size {self.tensor_parallel_size}: this version runs on one device; leave it at 1"
-            )
+        if self.tensor_parallel_size < 1:
+            raise ConfigError(f"--tensor-parallel-size {self.tensor_parallel_size}: at least 1 rank must run the model")
         if self.step_timeout is not None and not 1 <= self.step_timeout <= 86400:
             raise ConfigError(f"--step-timeout {self.step_timeout:g}: choose 1 to 86400 seconds")
         if not 1 <= self.start_timeout <= 86400:

@@ -179,7 +179,7 @@ class EngineCore:
 
     def prepare(self) -> bool:
         """While there is nothing to do: make ready what makes later steps faster. -> whether there may be more."""
-        return self._runner.graphs is not None and self._runner.graphs.capture_next()
+        return self._runner.prepare()
 
     def _finish(self, step: Step) -> list[Output]:
         """Collect and commit."""

@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pronk.engine.batch import Batch, BatchBuilder, Layout
-from pronk.engine.scheduler import Row
+from pronk.engine.orders import Draw, RowOrder
 
 DECODE_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Buckets of steps in which every sequence has one token."""
@@ -32,9 +32,6 @@ CONTEXT_LENS = (2048, 8192, 32768, 131072)
 """Buckets of the longest sequence: they bound the memory in which attention's splits are merged."""
 MAX_SPLITS = 1 << 16
 """Token and key-split pairs of one graph at most: 32 heads of 64 need half a gigabyte for so many."""
-Draw = Literal["nothing", "largest", "sample"]
-"""What a step does with its logits. largest: chooses the most likely tokens. sample: draws tokens by the numbers that
-each row has in the batch. nothing: they are left to whoever knows of penalties, masks and log probabilities."""
 KEY_SPLIT = 256
 USES_BEFORE_CAPTURE = 2
 
@@ -104,7 +101,7 @@ class StepGraphs:
         self._uses: Counter[Key] = Counter()
         self._ladder = self._expected()
 
-    def launch(self, rows: Rows[Row], draw: Draw) -> StepResult | None:
+    def launch(self, rows: Rows[RowOrder], draw: Draw) -> StepResult | None:
         """Replay the step's graph. -> None when it has none (yet): then it must be launched operation by operation."""
         key = self.key_of(rows, draw)
         if key is None:
@@ -128,7 +125,7 @@ class StepGraphs:
                 return True
         return False
 
-    def key_of(self, rows: Rows[Row], draw: Draw) -> Key | None:
+    def key_of(self, rows: Rows[RowOrder], draw: Draw) -> Key | None:
         """-> the smallest buckets that hold the step; None when none does."""
         decodes = all(row.num_tokens == 1 for row in rows)
         num_tokens = _at_least(DECODE_TOKENS if decodes else MIXED_TOKENS, sum(row.num_tokens for row in rows))
@@ -170,7 +167,7 @@ class StepGraphs:
                     yield Key(num_tokens, context_len, decodes=True, draw="sample")
 
 
-def stage(builder: BatchBuilder, rows: Rows[Row], layout: Layout, device: torch.device) -> Tensor:
+def stage(builder: BatchBuilder, rows: Rows[RowOrder], layout: Layout, device: torch.device) -> Tensor:
     """-> the step's numbers on the host, int64 [layout.size], where the device can fetch them without being waited
     for."""
     staged = torch.empty(layout.size, dtype=torch.int64, pin_memory=device.type == "cuda")

@@ -101,9 +101,15 @@ class Group:
             rank = min(self._codes, key=lambda rank: (_blame(self._codes[rank]), rank))
             is_bereft = self._codes[rank] == LOST_PEER and self._living
             if not is_bereft or time.monotonic() >= self._first_death + BLAME_SECONDS:
-                self._condemn(rank, f"rank {rank} {_how_it_ended(self._codes[rank])}")
+                self._condemn(rank, f"rank {rank} {self._how_it_ended(rank)}")
         elif self._is_watched:
             self._find_hung()
+
+    def _how_it_ended(self, rank: int) -> str:
+        code, words = self._codes[rank], self._watches[rank].last_words()
+        if code < 0:
+            return f"was killed by signal {-code}"
+        return f"failed: {words}" if words else f"ended with exit code {code}"
 
     def _find_hung(self) -> None:
         now = time.monotonic()
@@ -150,6 +156,9 @@ class _Watch:
     def patience(self, start_timeout: float) -> float:
         """-> seconds that the rank may be silent."""
         return self._pulse.read().patience or start_timeout
+
+    def last_words(self) -> str:
+        return self._pulse.last_words()
 
     def describe(self, start_timeout: float) -> str:
         patience = self._pulse.read().patience
@@ -242,7 +251,3 @@ def _blame(code: int) -> int:
     if code < 0:
         return 0
     return {0: 2, LOST_PEER: 3}.get(code, 1)
-
-
-def _how_it_ended(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pronk.engine import control, wire
 from pronk.engine.errors import PronkError
 from pronk.engine.group import Group, Launch, forked, make_seats, spawned
-from pronk.engine.seat import MakeOrders, OrdersEnd
+from pronk.engine.ring import ring_ends
+from pronk.engine.seat import MakeOrders
 
 READ_SIZE = 1 << 16
 MAX_DESCRIPTORS = 8
@@ -137,11 +138,6 @@ class Host:
             raise Disconnected("the server is gone") from error
 
 
-def no_orders(size: int) -> tuple[OrdersEnd, list[OrdersEnd]]:
-    """The place of the channel by which rank 0 tells the others what to do."""
-    raise OSError(f"there is no channel between {size} ranks")
-
-
 def main() -> int:
     """-> exit code."""
     # The server decides when to stop, as it does for the ranks, which inherit this.
@@ -151,14 +147,14 @@ def main() -> int:
     connection.set_inheritable(False)
     if sys.platform != "linux":
         # What is imported there starts threads, and a fork of those is not safe. A rank by itself shares no memory.
-        Host(connection, no_orders, lambda leave: spawned, is_watched=False).run()
+        Host(connection, ring_ends, lambda leave: spawned, is_watched=False).run()
         return 0
     from pronk.engine.process import run_rank
 
     # What is there now stays for good: no collection writes to pages that all ranks share.
     gc.collect()
     gc.freeze()
-    Host(connection, no_orders, lambda leave: forked(run_rank, leave)).run()
+    Host(connection, ring_ends, lambda leave: forked(run_rank, leave)).run()
     return 0
 
 

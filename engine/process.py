@@ -15,25 +15,21 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from pronk.engine import wire
 from pronk.engine.config import EngineConfig
 from pronk.engine.core import EngineCore
-from pronk.engine.errors import PronkError
+from pronk.engine.errors import GroupError, PronkError
+from pronk.engine.orders import Begin, Order, Stop, encode
 from pronk.engine.request import Request, SamplingParams
-from pronk.engine.runner import ModelRunner, load_runner
-from pronk.engine.seat import Pulse, Seat
+from pronk.engine.runner import ModelRunner, load_runner, tell_nobody
+from pronk.engine.seat import LOST_PEER, Pulse, Seat
 from pronk.engine.tokenizer import load_vocabulary
+from pronk.engine.worker import BEAT_SECONDS, follow, give_cores_to_kernels, join_group, ring_end, step_timeout
 
 PROGRESS_INTERVAL_SECONDS = 0.1
-BEAT_SECONDS = 1.0
-"""The longest that a rank with nothing to do goes without a beat."""
-STEP_TIMEOUT_SECONDS = {"cuda": 60.0, "cpu": 600.0}
-"""A GPU's slowest step is one whose kernels have to be compiled first. A CPU may read long prompts through billions of
-weights in one step, and `--max-num-batched-tokens` may make that longer still."""
 
 log = logging.getLogger("pronk.engine")
 
@@ -78,18 +74,24 @@ def main() -> int:
 
 
 def run_rank(seat: Seat) -> int:
-    """-> exit code: 0 after a shutdown or when the server is gone, 1 after a failure that was reported."""
+    """-> exit code: 0 after a shutdown or when the server is gone, LOST_PEER when another rank is, 1 after a failure
+    that was reported."""
     # The server decides when to stop: a Ctrl-C or a SIGTERM to the whole group must not cut off what it drains.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    if seat.link is None:
-        raise PronkError(f"rank {seat.rank} has nothing to do: one process runs the whole model")
-    link = Link(seat.link)
+    return follow(seat) if seat.link is None else lead(seat, Link(seat.link))
+
+
+def lead(seat: Seat, link: Link) -> int:
+    """Rank 0's life. -> exit code."""
     try:
-        serve(link, first_message(link, seat.pulse).config, seat.pulse)
+        serve(link, first_message(link, seat.pulse).config, seat)
     except Disconnected:
         return 0
+    except GroupError as error:
+        log.error("rank %d: %s", seat.rank, error)
+        return LOST_PEER
     except Exception as error:  # noqa: BLE001  the crash report: whatever it was, the other side must learn of it
         return report(link, error)
     return 0
@@ -116,15 +118,15 @@ def report(link: Link, error: Exception) -> int:
     return 1
 
 
-def serve(link: Link, config: EngineConfig, pulse: Pulse) -> None:
+def serve(link: Link, config: EngineConfig, seat: Seat) -> None:
     """Load, say so, then receive, step and send until told to stop."""
-    folder = Path(config.model)
+    folder, pulse = Path(config.model), seat.pulse
     link.send(wire.Progress("starting"))
+    tell = leader_of(seat)
+    tell(Begin(config))
     progress = _ProgressReporter(link, pulse)
-    runner = load_runner(config, folder, progress)
-    if runner.device.type == "cpu":
-        # The kernels have threads of their own, and torch's would wait for the same cores.
-        torch.set_num_threads(1)
+    runner = load_runner(config, folder, progress, tp=join_group(seat, config), tell=tell)
+    give_cores_to_kernels(runner.device)
     vocabulary = load_vocabulary(folder)
     core = EngineCore(config, runner, vocabulary)
     link.send(wire.Progress("warming up"))
@@ -147,15 +149,19 @@ def serve(link: Link, config: EngineConfig, pulse: Pulse) -> None:
                 num_cached = core.num_cached(message.prompt, message.cache_salt)
                 link.send(wire.CachedCount(message.query, num_cached))
             elif isinstance(message, wire.Shutdown):
+                tell(Stop())
                 return
         if core.has_work:
             outputs = core.step()
             link.send(wire.Step(outputs, core.stats))
 
 
-def step_timeout(config: EngineConfig, device: str) -> float:
-    """device: "cpu" or "cuda". -> seconds that a step may take before its rank counts as hung."""
-    return config.step_timeout or STEP_TIMEOUT_SECONDS[device]
+def leader_of(seat: Seat) -> Callable[[Order], None]:
+    """-> what tells the other ranks, if there are any. It raises GroupError when one is gone."""
+    if seat.size == 1:
+        return tell_nobody
+    leader = ring_end(seat).lead()
+    return lambda order: leader.send(encode(order))
 
 
 def warm_up(core: EngineCore, pulse: Pulse) -> None:

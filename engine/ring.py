@@ -75,17 +75,17 @@ class Ring:
 
     def leader(self) -> RingLeader:
         """The leader's end; closes all others in this process."""
-        down = {rank: pipe.writer for rank, pipe in self.down.items()}
-        up = {rank: pipe.reader for rank, pipe in self.up.items()}
-        self._close_all_but({*down.values(), *up.values()})
-        return RingLeader(self.memory, down, up, self.deadline)
+        leader = RingEnd(self, 0).lead()
+        self._close_all_but(
+            {*(pipe.writer for pipe in self.down.values()), *(pipe.reader for pipe in self.up.values())}
+        )
+        return leader
 
     def follower(self, rank: int) -> RingFollower:
         """The end of this rank, 1 or higher; closes all others in this process."""
-        down = self.down[rank].reader
-        up = self.up[rank].writer
-        self._close_all_but({down, up})
-        return RingFollower(self.memory, down, up)
+        end = RingEnd(self, rank)
+        self._close_all_but({*end.descriptors})
+        return end.follow()
 
     def close(self) -> None:
         """For a process that is none of the ranks, as one that only forks them."""
@@ -97,6 +97,45 @@ class Ring:
             for end in pipe:
                 if end not in own:
                     os.close(end)
+
+
+class RingEnd:
+    """One rank's end of a ring before the rank has taken it up: what a process holds, and can give up."""
+
+    def __init__(self, ring: Ring, rank: int) -> None:
+        self._ring = ring
+        self._rank = rank
+
+    def lead(self) -> RingLeader:
+        """Rank 0's end. Those of the other ranks must be closed in this process."""
+        ring = self._ring
+        down = {rank: pipe.writer for rank, pipe in ring.down.items()}
+        up = {rank: pipe.reader for rank, pipe in ring.up.items()}
+        return RingLeader(ring.memory, down, up, ring.deadline)
+
+    def follow(self) -> RingFollower:
+        """The end of another rank. Those of all others must be closed in this process."""
+        ring = self._ring
+        return RingFollower(ring.memory, ring.down[self._rank].reader, ring.up[self._rank].writer)
+
+    def close(self) -> None:
+        """Give it up, in this process."""
+        for end in self.descriptors:
+            os.close(end)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """Its ends of pipes."""
+        down, up = self._ring.down, self._ring.up
+        if self._rank:
+            return [down[self._rank].reader, up[self._rank].writer]
+        return [*(pipe.writer for pipe in down.values()), *(pipe.reader for pipe in up.values())]
+
+
+def ring_ends(size: int) -> tuple[RingEnd, list[RingEnd]]:
+    """A ring for the ranks of a group, before they are forked. -> rank 0's end, and the others' by their ranks."""
+    ring = make_ring(size - 1)
+    return RingEnd(ring, 0), [RingEnd(ring, rank) for rank in range(1, size)]
 
 
 def wait(ends: Iterable[int], event: int, seconds: float) -> list[int]:

@@ -1,4 +1,7 @@
-"""ModelRunner: one device with a loaded model and its KV cache. Loads, measures memory, runs steps.
+"""ModelRunner: one device with a model, or its share of one, and its KV cache. Loads, measures memory, runs steps.
+
+Rank 0's turns a step's plan into orders, tells the other ranks, and carries them out like they do (`carry_out`). So
+everything that a step computes is one code for all ranks, and where there is one rank nobody is told.
 
 Knows batches and sampling rows; not who is waiting, nor why a step holds what it holds.
 """
@@ -18,24 +21,34 @@ from torch import Tensor
 from pronk.engine.batch import Batch, BatchBuilder, layout_of
 from pronk.engine.cache import memory
 from pronk.engine.config import EngineConfig
+from pronk.engine.deltas import Deltas
 from pronk.engine.errors import ConfigError
 from pronk.engine.grammar import Mask
-from pronk.engine.graphs import Capture, CudaCapture, Draw, StepGraphs, StepResult, stage
+from pronk.engine.graphs import Capture, CudaCapture, StepGraphs, StepResult, stage
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
+from pronk.engine.model.split import split_of
+from pronk.engine.orders import Array, Compute, Draw, Order, Prepare, Sample, Score
+from pronk.engine.parallel import ALONE, Collectives
 from pronk.engine.request import TokenLogprobs
-from pronk.engine.sampling.sampler import Sampled, SampleRow, build, read
+from pronk.engine.sampling.sampler import Sampled, SampleRow, SamplingArrays, build, read
 from pronk.engine.scheduler import Row
 from pronk.engine.sequence import Sequence
 from pronk.engine.weights.checkpoint import open_checkpoint
 from pronk.engine.weights.progress import track
 from pronk.kernels import for_device
+from pronk.kernels.cpu.cores import default_threads
 from pronk.kernels.interface import Kernels, Queries, Samples, WeightFormat
 
 CPU_STEP_TOKENS = 128
 GPU_STEP_TOKENS = 4096
 SCORED_TOGETHER = 64
 """Rows of logits that are worked out at once for log probabilities of a prompt: 32 MB of a large vocabulary."""
+
+
+def tell_nobody(order: Order) -> None:
+    """Where there is one rank."""
+    del order
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,7 @@ class ModelRunner:
     dtype: torch.dtype
     block_size: int
     max_num_batched_tokens: int
+    deltas: Deltas
     builder: BatchBuilder
     last_tokens: Tensor
     """int64 [slots + 1], on the device: the token that each slot's sequence sampled last; padding has the last."""
@@ -112,62 +126,47 @@ class ModelRunner:
     overlaps: bool
     """Whether a step is to be launched while the one before it runs."""
     load_seconds: float
+    tell: Callable[[Order], None]
+    """Tells the other ranks."""
 
     def forward(self, rows: Rows[Row]) -> Forward:
         """Compute a step: keys and values of every row's tokens. Where that is all it takes, also the tokens that are
         sampled."""
         draw = draw_of([row for row in rows if row.samples])
-        with torch.inference_mode():
-            result = None
-            if self.graphs is not None and not any(row.scores for row in rows):
-                result = self.graphs.launch(rows, draw)
-            if result is None:
-                layout = layout_of(rows, self.block_size, draws=draw == "sample")
-                buffer = stage(self.builder, rows, layout, self.device).to(self.device, non_blocking=True)
-                result = self.step(layout.batch(buffer), draw)
-        return Forward(rows, result)
-
-    def step(self, batch: Batch, draw: Draw) -> StepResult:
-        """The device's part of a step, with nothing in it that waits for the host: it can be captured."""
-        known = batch.from_slots < 0
-        token_ids = torch.where(known, batch.token_ids, self.last_tokens[batch.from_slots.clamp(min=0)])
-        hidden = self.model.forward(token_ids, batch, self.cache)
-        kernels, chosen = self.model.kernels, None
-        if draw == "largest":
-            chosen, _ = kernels.linear_argmax(hidden[batch.logit_rows], self.model.head)
-        elif batch.sampling is not None:
-            chosen = kernels.sample(self.model.logits(hidden[batch.logit_rows]), batch.sampling).token_ids
-        if chosen is not None:
-            self._keep(batch.to_slots, chosen)
-        return StepResult(batch, hidden, chosen)
+        order = self.deltas.compute(rows, draw if self.model.can_draw or draw == "largest" else "nothing")
+        self.tell(order)
+        return Forward(rows, self.compute(order))
 
     def launch(self, forward: Forward, masks: Mapping[Sequence, Mask]) -> Launched:
         """Sample the next token of those rows that sample, and keep it for the step after. masks: which tokens may be
         sampled, for sequences where not all may."""
         sampling = [row for row in forward.rows if row.samples]
         result = forward.result
-        with torch.inference_mode():
-            prompt_logprobs = self._score_prompts(forward)
-            if not sampling:
-                return Launched((), None, prompt_logprobs)
-            if result.token_ids is not None:
-                samples = Samples(result.token_ids[: len(sampling)])
-            else:
-                logits = self.model.logits(result.hidden[result.batch.logit_rows[: len(sampling)]])
-                rows = [_sample_row(row, masks.get(row.sequence)) for row in sampling]
-                samples = self.model.kernels.sample(logits, build(rows, logits.shape[1], logits.device))
-                self._keep(result.batch.to_slots[: len(sampling)], samples.token_ids)
-            asked = [row.sequence.params.logprobs for row in sampling]
-            return Launched(asked, Readback(samples), prompt_logprobs)
-
-    def _keep(self, slots: Tensor, tokens: Tensor) -> None:
-        """slots, tokens int64 [R]: what the next step reads. A token that is none stands for a row that has failed."""
-        self.last_tokens[slots] = tokens.clamp(min=0)
+        prompt_logprobs = self._score_prompts(forward)
+        if not sampling:
+            return Launched((), None, prompt_logprobs)
+        if result.token_ids is not None:
+            samples = Samples(result.token_ids[: len(sampling)])
+        else:
+            rows = [_sample_row(row, masks.get(row.sequence)) for row in sampling]
+            arrays = build(rows, self.model.config.vocab_size)
+            if self.model.tp.size > 1:
+                self.tell(sample_order(arrays))
+            samples = self.sample(result, arrays)
+        asked = [row.sequence.params.logprobs for row in sampling]
+        return Launched(asked, Readback(samples), prompt_logprobs)
 
     def collect(self, launched: Launched) -> Collected:
         """Wait for a step's results."""
         sampled = [] if launched.samples is None else read(launched.samples.read(), launched.asked)
         return Collected(sampled, launched.prompt_logprobs)
+
+    def prepare(self) -> bool:
+        """While there is nothing to do: make ready what makes later steps faster. -> whether there may be more."""
+        if self.graphs is None:
+            return False
+        self.tell(Prepare())
+        return self.graphs.capture_next()
 
     def _score_prompts(self, forward: Forward) -> dict[Sequence, list[TokenLogprobs]]:
         scored: dict[Sequence, list[TokenLogprobs]] = {}
@@ -176,13 +175,84 @@ class ModelRunner:
             top_n = row.sequence.params.prompt_logprobs or 0
             for start in range(row.scores.start, row.scores.stop, SCORED_TOGETHER):
                 end = min(start + SCORED_TOGETHER, row.scores.stop)
-                hidden = forward.result.hidden[first + start - row.start : first + end - row.start]
-                tokens = torch.tensor(row.sequence.tokens[start + 1 : end + 1], device=self.device)
-                found = self.model.kernels.logprobs(self.model.logits(hidden), tokens, top_n)
-                entries = zip(*(each.tolist() for each in found), strict=True)
+                order = Score(first + start - row.start, row.sequence.tokens[start + 1 : end + 1], top_n)
+                self.tell(order)
+                entries = zip(*(each.tolist() for each in self.score(forward.result, order)), strict=True)
                 scored.setdefault(row.sequence, []).extend(TokenLogprobs(*entry) for entry in entries)
             first += row.num_tokens
         return scored
+
+    def carry_out(self, order: Order, last: StepResult | None) -> StepResult | None:
+        """What a rank does that was told. last: what the last step computed. -> what the last step now is."""
+        if isinstance(order, Compute):
+            return self.compute(order)
+        if isinstance(order, Prepare):
+            if self.graphs is not None:
+                self.graphs.capture_next()
+        elif last is None:
+            raise ValueError(f"{type(order).__name__} before any step was computed")
+        elif isinstance(order, Sample):
+            self.sample(last, arrays_of(order))
+        elif isinstance(order, Score):
+            self.score(last, order)
+        return last
+
+    def compute(self, order: Compute) -> StepResult:
+        """Compute a step, by its graph where it has one."""
+        with torch.inference_mode():
+            if self.graphs is not None and not order.scores:
+                result = self.graphs.launch(order.rows, order.draw)
+                if result is not None:
+                    return result
+            layout = layout_of(order.rows, self.block_size, draws=order.draw == "sample")
+            buffer = stage(self.builder, order.rows, layout, self.device).to(self.device, non_blocking=True)
+            return self.step(layout.batch(buffer), order.draw)
+
+    def step(self, batch: Batch, draw: Draw) -> StepResult:
+        """The device's part of a step, with nothing in it that waits for the host: it can be captured."""
+        known = batch.from_slots < 0
+        token_ids = torch.where(known, batch.token_ids, self.last_tokens[batch.from_slots.clamp(min=0)])
+        hidden = self.model.forward(token_ids, batch, self.cache)
+        chosen = None
+        if draw == "largest":
+            chosen = self.model.largest(hidden[batch.logit_rows])
+        elif batch.sampling is not None:
+            chosen = self.model.sample(hidden[batch.logit_rows], batch.sampling).token_ids
+        if chosen is not None:
+            self._keep(batch.to_slots, chosen)
+        return StepResult(batch, hidden, chosen)
+
+    def sample(self, result: StepResult, arrays: SamplingArrays) -> Samples:
+        """The next tokens of the step's rows that sample, kept for the step after."""
+        count = len(arrays.arrays["temperature"])
+        with torch.inference_mode():
+            hidden = result.hidden[result.batch.logit_rows[:count]]
+            samples = self.model.sample(hidden, arrays.batch(self.device))
+            self._keep(result.batch.to_slots[:count], samples.token_ids)
+        return samples
+
+    def score(self, result: StepResult, order: Score) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Llama.logprobs`."""
+        with torch.inference_mode():
+            hidden = result.hidden[order.first : order.first + len(order.token_ids)]
+            return self.model.logprobs(hidden, torch.tensor(order.token_ids, device=self.device), order.top_n)
+
+    def _keep(self, slots: Tensor, tokens: Tensor) -> None:
+        """slots, tokens int64 [R]: what the next step reads. A token that is none stands for a row that has failed."""
+        self.last_tokens[slots] = tokens.clamp(min=0)
+
+
+def sample_order(arrays: SamplingArrays) -> Sample:
+    """-> the order by which other ranks sample as this one does."""
+    return Sample(
+        {name: Array.of(array) for name, array in arrays.arrays.items()}, arrays.top_n, arrays.greedy, arrays.plain
+    )
+
+
+def arrays_of(order: Sample) -> SamplingArrays:
+    """What `sample_order` made it of."""
+    arrays = {name: array.numpy() for name, array in order.arrays.items()}
+    return SamplingArrays(arrays, order.top_n, order.greedy, order.plain)
 
 
 def draw_of(sampling: Rows[Row]) -> Draw:
@@ -213,42 +283,50 @@ def _sample_row(row: Row, mask: Mask | None) -> SampleRow:
     )
 
 
-def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int], None]) -> ModelRunner:
-    """Load the checkpoint in `folder` and allocate the cache.
+def load_runner(
+    config: EngineConfig,
+    folder: Path,
+    report: Callable[[int, int], None],
+    *,
+    tp: Collectives = ALONE,
+    tell: Callable[[Order], None] = tell_nobody,
+) -> ModelRunner:
+    """Load the checkpoint in `folder`, or this rank's share of it, and allocate the cache.
 
-    report(done, total) is called with bytes of weights. Raises CheckpointError and ConfigError.
+    report(done, total) is called with bytes of weights. tell: see `ModelRunner`. Raises CheckpointError, ConfigError
+    and GroupError.
     """
     started = time.monotonic()
-    device = choose_device(config.device)
+    device = choose_device(config.device, rank=tp.rank, neighbours=tp.neighbours)
     checkpoint = open_checkpoint(folder, config.load_format, seed=config.seed or 0)
     dtype = choose_dtype(config.dtype, checkpoint.config)
-    kernels = choose_kernels(config, device)
+    kernels = choose_kernels(config, device, tp)
     weight_format = choose_weight_format(config.quantization, kernels)
+    split = split_of(checkpoint.config, tp.rank, tp.size)
     cache_dtype = choose_cache_dtype(config.cache.kv_cache_dtype, dtype, device)
-    check_kernels(
-        kernels, checkpoint.config, config.cache.block_size, dtype=dtype, cache_dtype=cache_dtype, device=device
-    )
+    check_kernels(kernels, split.config, config.cache.block_size, dtype=dtype, cache_dtype=cache_dtype, device=device)
     with torch.inference_mode():
         model = llama.load(
-            checkpoint.config,
+            split,
             kernels,
-            track(checkpoint.tensors(), checkpoint.num_bytes(), report=report),
+            track(checkpoint.tensors(split.cut), checkpoint.num_bytes(split.cut), report=report),
             dtype=dtype,
             device=device,
             num_positions=min(config.max_model_len or 1 << 62, checkpoint.config.max_position_embeddings),
             weight_format=weight_format,
+            tp=tp,
         )
         plan = memory.plan_cache(
-            checkpoint.config,
+            split.config,
             config.cache,
             dtype=cache_dtype,
             device=device,
-            free_bytes=memory.available_memory(device),
+            free_bytes=share_of_memory(device, tp),
             max_num_seqs=config.scheduler.max_num_seqs,
             max_model_len=config.max_model_len,
         )
         cache = memory.allocate(
-            checkpoint.config, plan.num_blocks, config.cache.block_size, dtype=cache_dtype, device=device
+            split.config, plan.num_blocks, config.cache.block_size, dtype=cache_dtype, device=device
         )
         last_tokens = torch.zeros(config.scheduler.max_num_seqs + 1, dtype=torch.int64, device=device)
     default_tokens = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
@@ -263,15 +341,29 @@ def load_runner(config: EngineConfig, folder: Path, report: Callable[[int, int],
         dtype=dtype,
         block_size=config.cache.block_size,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens or default_tokens,
+        deltas=Deltas(config.scheduler.max_num_seqs),
         builder=builder,
         last_tokens=last_tokens,
         graphs=None,
         overlaps=device.type == "cuda",
         load_seconds=time.monotonic() - started,
+        tell=tell,
     )
     if device.type != "cuda" or config.enforce_eager:
         return runner
     return with_graphs(runner, CudaCapture(), max_num_seqs=config.scheduler.max_num_seqs)
+
+
+def share_of_memory(device: torch.device, tp: Collectives) -> int:
+    """Bytes that each rank may count on: what the rank with the least has, so that all plan the same cache."""
+    tp.meet()
+    free = memory.available_memory(device)
+    if tp.size == 1:
+        return free
+    if device.type == "cpu":
+        # Neighbours take from the same memory; that the first have begun while the last still look is no matter.
+        free //= tp.neighbours
+    return int(tp.all_gather(torch.tensor([free], device=device)).min())
 
 
 def with_graphs(runner: ModelRunner, capture: Capture, *, max_num_seqs: int) -> ModelRunner:
@@ -288,8 +380,9 @@ def with_graphs(runner: ModelRunner, capture: Capture, *, max_num_seqs: int) -> 
     return dataclasses.replace(runner, graphs=graphs)
 
 
-def choose_device(name: str) -> torch.device:
-    """ "auto" is a GPU where torch sees one. ConfigError when a GPU is asked for that is not there."""
+def choose_device(name: str, *, rank: int = 0, neighbours: int = 1) -> torch.device:
+    """ "auto" is a GPU where torch sees one. rank: of those that share the model; neighbours: how many of them are on
+    this host, each with a GPU of its own. Raises ConfigError when a GPU is asked for that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "--device cuda: torch sees no GPU here; check the driver and that this torch was built for CUDA, "
@@ -297,7 +390,16 @@ def choose_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    if name == "cpu" or neighbours == 1:
+        return torch.device(name)
+    if torch.cuda.device_count() < neighbours:
+        raise ConfigError(
+            f"--tensor-parallel-size: {neighbours} ranks on this host need as many GPUs, and torch sees "
+            f"{torch.cuda.device_count()}; lower it, or choose --device cpu"
+        )
+    device = torch.device("cuda", rank % neighbours)
+    torch.cuda.set_device(device)
+    return device
 
 
 def choose_dtype(name: str, config: LlamaConfig) -> torch.dtype:
@@ -307,10 +409,13 @@ def choose_dtype(name: str, config: LlamaConfig) -> torch.dtype:
     ]
 
 
-def choose_kernels(config: EngineConfig, device: torch.device) -> Kernels:
+def choose_kernels(config: EngineConfig, device: torch.device, tp: Collectives = ALONE) -> Kernels:
     """Raises ConfigError where the device's set does not run."""
+    num_threads = config.cpu_threads
+    if num_threads is None and tp.neighbours > 1:
+        num_threads = max(1, default_threads() // tp.neighbours)
     try:
-        return for_device(device.type, vendor_products=config.vendor_products, num_threads=config.cpu_threads)
+        return for_device(device.type, vendor_products=config.vendor_products, num_threads=num_threads)
     except (ImportError, ValueError) as error:
         raise ConfigError(str(error)) from error
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import mmap
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 LOST_PEER = 3
 """Exit code of a rank that ended because another one did: it is not the one to be named as the reason."""
 
-_SLOT = 64
-"""Bytes between two ranks' beats: a cache line, or one rank's beat would slow down another's."""
+_SLOT = 1024
+"""Bytes of each rank in the memory that all share: two words of its beat, and after a cache line its last words."""
+_LAST_WORDS = 64
 _WORDS = _SLOT // 8
 _NANOSECONDS = 10**9
 
@@ -30,7 +31,7 @@ class OrdersEnd(Protocol):
         """Give it up: called by every rank, and by the host, for the ends that are not its own."""
 
 
-MakeOrders = Callable[[int], tuple[OrdersEnd, list[OrdersEnd]]]
+MakeOrders = Callable[[int], tuple[OrdersEnd, Sequence[OrdersEnd]]]
 """size of the group -> the leader's end, and the followers' by their ranks, from rank 1 on."""
 
 
@@ -51,6 +52,7 @@ class Pulse:
         """memory: of `shared_memory`."""
         words = memoryview(memory).cast("q")
         self._words = words[rank * _WORDS : (rank + 1) * _WORDS]
+        self._last_words = memoryview(memory)[rank * _SLOT + _LAST_WORDS : (rank + 1) * _SLOT]
         self.beat()
 
     def beat(self) -> None:
@@ -61,6 +63,15 @@ class Pulse:
         """The rank has started. patience: seconds that a step of it may take, and more than 0."""
         self._words[1] = int(patience * _NANOSECONDS)
         self.beat()
+
+    def say(self, text: str) -> None:
+        """Before it ends: why. Once; what is longer than a page of a book is cut."""
+        data = text.encode(errors="replace")[: len(self._last_words) - 1]
+        self._last_words[: len(data)] = data
+
+    def last_words(self) -> str:
+        """For the host: what the rank said, or nothing."""
+        return bytes(self._last_words).rstrip(b"\0").decode(errors="replace")
 
     def read(self) -> Beat:
         """For the host."""

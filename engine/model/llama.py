@@ -1,7 +1,8 @@
 """Llama, as the papers have it (Touvron et al. 2023; Grattafiori et al. 2024), over a set of kernels.
 
 Pre-norm blocks: x += attention(norm(x)), then x += mlp(norm(x)); grouped-query attention with rotary positions; SwiGLU;
-RMSNorm. Knows tensors and a paged cache; nothing of sequences, requests or sampling.
+RMSNorm. Where several ranks share the model (`split`), each has some heads and some of the MLP's width, and the ranks'
+outputs are added where attention and MLP close. Knows tensors and a paged cache; nothing of sequences or requests.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.model.rope import cos_sin_table
-from pronk.kernels.interface import Kernels, Weight, WeightFormat
+from pronk.engine.model.split import Split
+from pronk.engine.model.vocabulary import Embedding, Head
+from pronk.engine.parallel import ALONE, Collectives
+from pronk.kernels.interface import Kernels, Samples, SamplingBatch, Weight, WeightFormat
 
 # For names only: the model runs where nothing but torch and its kernels are installed.
 if TYPE_CHECKING:
@@ -39,42 +43,65 @@ class Layer:
 class Llama:
     """A loaded model. Make one with `load`."""
 
-    config: LlamaConfig
+    split: Split
     kernels: Kernels
-    embedding: Tensor | Weight
-    """The head itself, where both are one and neither is rounded."""
+    tp: Collectives
+    embedding: Embedding
     layers: list[Layer]
     norm: Tensor
-    head: Weight
+    head: Head
     cos_sin: Tensor
+
+    @property
+    def config(self) -> LlamaConfig:
+        """Of the whole model."""
+        return self.split.model
 
     def forward(self, token_ids: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """token_ids int64 [T]: those of the batch, the pending ones filled in. Writes their keys and values into the
         cache. -> the last layer's output after the final norm, [T, H]."""
-        kernels, eps = self.kernels, self.config.rms_norm_eps
-        plan = kernels.plan_attention(batch.queries, num_heads=self.config.num_attention_heads, cache=cache.layers[0])
-        residual = kernels.embedding(token_ids, self.embedding)
+        kernels, tp, eps = self.kernels, self.tp, self.config.rms_norm_eps
+        num_heads = self.split.config.num_attention_heads
+        plan = kernels.plan_attention(batch.queries, num_heads=num_heads, cache=cache.layers[0])
+        residual = self.embedding(token_ids)
         normed = kernels.rms_norm(residual, self.layers[0].input_norm, eps)
         # The norm that opens a block is taken where the one before ends, together with its addition.
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.norm]
         for layer, next_norm, kv in zip(self.layers, next_norms, cache.layers, strict=True):
             q = kernels.linear_rope_and_cache(normed, layer.qkv, batch.positions, self.cos_sin, batch.slots, kv)
-            attended = kernels.linear(kernels.attention(q, kv, plan).flatten(1), layer.o)
+            attended = tp.all_reduce(kernels.linear(kernels.attention(q, kv, plan).flatten(1), layer.o))
             normed, residual = kernels.add_rms_norm(attended, residual, layer.post_attention_norm, eps)
-            mlp = kernels.linear(kernels.linear_silu_mul(normed, layer.gate_up), layer.down)
+            mlp = tp.all_reduce(kernels.linear(kernels.linear_silu_mul(normed, layer.gate_up), layer.down))
             normed, residual = kernels.add_rms_norm(mlp, residual, next_norm, eps)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H], rows of `forward`'s -> [R, V], in the activations' dtype."""
-        return self.kernels.linear(hidden, self.head)
+        """hidden [R, H], rows of `forward`'s -> [R, V], or this rank's columns of it; see `Head.logits`."""
+        return self.head.logits(hidden)
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether `sample` waits for nothing but the device, and so can be part of a step."""
+        return self.tp.size == 1
+
+    def largest(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H], rows of `forward`'s -> int64 [R]: the most likely tokens; see `Head.largest`."""
+        return self.head.largest(hidden)
+
+    def sample(self, hidden: Tensor, batch: SamplingBatch) -> Samples:
+        """hidden [R, H], rows of `forward`'s -> their next tokens; see `Kernels.sample`."""
+        return self.head.sample(hidden, batch)
+
+    def logprobs(self, hidden: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [R, H], rows of `forward`'s, token_ids int64 [R] -> see `Kernels.logprobs`."""
+        return self.head.logprobs(hidden, token_ids, top_n)
 
     @property
     def nbytes(self) -> int:
-        """Memory of all weights, a head that shares the embedding's counted once."""
-        tensors, weights = [self.norm, self.cos_sin], [self.head]
-        if isinstance(self.embedding, Tensor):
-            tensors.append(self.embedding)
+        """Memory of all weights on this rank, a head that shares the embedding's counted once."""
+        tensors, weights = [self.norm, self.cos_sin], [self.head.weight]
+        if isinstance(self.embedding.table, Tensor):
+            tensors.append(self.embedding.table)
         for layer in self.layers:
             tensors += [layer.input_norm, layer.post_attention_norm]
             weights += [layer.qkv, layer.o, layer.gate_up, layer.down]
@@ -95,7 +122,7 @@ _PARTS = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}
 
 
 def load(
-    config: LlamaConfig,
+    split: Split,
     kernels: Kernels,
     tensors: Iterable[tuple[str, Tensor]],
     *,
@@ -103,11 +130,12 @@ def load(
     device: torch.device,
     num_positions: int,
     weight_format: WeightFormat = "plain",
+    tp: Collectives = ALONE,
 ) -> Llama:
-    """tensors: all that the config asks for, by Hugging Face's names, in any order, each once; complete and of the
-    right shape (the checkpoint sees to that). Each is copied and packed as it comes, so the model is in memory once.
-    num_positions: how far the rotary table reaches. weight_format: of the linear layers; an int4 model's head is int8,
-    since errors in it are errors in the answer.
+    """tensors: all that the model has, by Hugging Face's names, in any order, each once, and cut as `split` says;
+    complete and of the right shape (the checkpoint sees to that). Each is copied and packed as it comes, so what a rank
+    has is in memory once. num_positions: how far the rotary table reaches. weight_format: of the linear layers; an int4
+    model's head is int8, since errors in it are errors in the answer.
     """
     singles: dict[str, Tensor] = {}
     weights: dict[tuple[int, str], Weight] = {}
@@ -125,15 +153,18 @@ def load(
             rows = [waiting[i].to(device, dtype) for i in range(_PARTS[product])]
             weights[int(layer), product] = kernels.pack(torch.cat(rows), weight_format)
             del parts[int(layer), product]
-    embedding = singles.pop("model.embed_tokens.weight")
+    config = split.model
+    embedding = _padded(singles.pop("model.embed_tokens.weight"), split.vocab_per_rank)
     head = kernels.pack(
-        embedding if config.tie_word_embeddings else singles.pop("lm_head.weight"),
+        embedding if config.tie_word_embeddings else _padded(singles.pop("lm_head.weight"), split.vocab_per_rank),
         "int8" if weight_format == "int4" else weight_format,
     )
+    shared = config.tie_word_embeddings and weight_format == "plain"
     return Llama(
-        config=config,
+        split=split,
         kernels=kernels,
-        embedding=head if config.tie_word_embeddings and weight_format == "plain" else embedding,
+        tp=tp,
+        embedding=Embedding(kernels, tp, split, head if shared else embedding),
         layers=[
             Layer(
                 input_norm=singles[f"model.layers.{i}.input_layernorm.weight"],
@@ -146,6 +177,11 @@ def load(
             for i in range(config.num_hidden_layers)
         ],
         norm=singles["model.norm.weight"],
-        head=head,
+        head=Head(kernels, tp, split, head),
         cos_sin=cos_sin_table(config, num_positions).to(device),
     )
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    """rows [n, H], n up to count -> [count, H], zeros after them."""
+    return rows if len(rows) == count else torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])])

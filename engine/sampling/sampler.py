@@ -6,7 +6,7 @@ Knows what a row asks for; not whose it is, nor how it came about; and nothing o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,7 @@ NUMBERS: Mapping[str, type[np.generic]] = {
 }
 """What a SamplingBatch has one number of for each row."""
 
+Numbers = tuple[int, float, int, float, float, float, float, float]
 Array = np.ndarray[Any, Any]
 
 
@@ -70,14 +71,29 @@ class Sampled:
     """Why there is no token: everything was forbidden."""
 
 
-def build(rows: Rows[SampleRow], vocab_size: int, device: torch.device) -> SamplingBatch:
-    """What `kernels.sample` needs to know of the rows, copied to the device at once, without waiting for it."""
+@dataclass(frozen=True)
+class SamplingArrays:
+    """A SamplingBatch on the host. arrays: its tensors by their names; no mask is left out."""
+
+    arrays: Mapping[str, Array]
+    top_n: int | None
+    greedy: bool
+    plain: bool
+
+    def batch(self, device: torch.device) -> SamplingBatch:
+        """-> on the device, copied at once, without waiting for it."""
+        tensors: dict[str, Any] = {"mask": None, **_to_device(self.arrays, device)}
+        return SamplingBatch(**tensors, top_n=self.top_n, greedy=self.greedy, plain=self.plain)
+
+
+def build(rows: Rows[SampleRow], vocab_size: int) -> SamplingArrays:
+    """What `kernels.sample` needs to know of the rows."""
     entries = [_entries(row) for row in rows]
     masks = [_mask(row, vocab_size) for row in rows]
     asked = [row.params.logprobs for row in rows if row.params.logprobs is not None]
     masked = any(mask is not None for mask in masks)
     arrays = {
-        **numbers((row.params, row.seed, row.position) for row in rows),
+        **columns([numbers(row.params, row.seed, row.position) for row in rows]),
         "entry_starts": np.cumsum([0, *(len(each.ids) for each in entries)], dtype=np.int32),
         "entry_ids": _joined([each.ids for each in entries], np.int32),
         "entry_bias": _joined([each.bias for each in entries], np.float32),
@@ -87,30 +103,31 @@ def build(rows: Rows[SampleRow], vocab_size: int, device: torch.device) -> Sampl
     if masked:
         everything = np.full(num_words(vocab_size), -1, np.int32)
         arrays["mask"] = np.stack([everything if mask is None else mask for mask in masks])
-    tensors: dict[str, Any] = {"mask": None, **_to_device(arrays, device)}
-    return SamplingBatch(
-        **tensors,
+    return SamplingArrays(
+        arrays,
         top_n=max(asked, default=None),
         greedy=all(row.params.temperature == 0 for row in rows),
         plain=not masked and not any(len(each.ids) for each in entries),
     )
 
 
-def numbers(rows: Iterable[tuple[SamplingParams, int, int]]) -> dict[str, Array]:
-    """The NUMBERS of rows: of each its parameters, its seed, and the position of the token that is sampled."""
-    rows = list(rows)
-    params = [each for each, _, _ in rows]
-    values: dict[str, list[float]] = {
-        "noise_keys": [noise_key(seed, position) for _, seed, position in rows],
-        "temperature": [_at_least_smallest(each.temperature) for each in params],
-        "top_k": [min(each.top_k, LARGEST_TOP_K) for each in params],
-        "top_p": [each.top_p for each in params],
-        "min_p": [each.min_p for each in params],
-        "repetition": [_at_least_smallest(each.repetition_penalty) for each in params],
-        "presence": [each.presence_penalty for each in params],
-        "frequency": [each.frequency_penalty for each in params],
-    }
-    return {name: np.array(values[name], dtype) for name, dtype in NUMBERS.items()}
+def numbers(params: SamplingParams, seed: int, position: int) -> Numbers:
+    """One row's NUMBERS, in their order. position: of the token that is sampled."""
+    return (
+        noise_key(seed, position),
+        _at_least_smallest(params.temperature),
+        min(params.top_k, LARGEST_TOP_K),
+        params.top_p,
+        params.min_p,
+        _at_least_smallest(params.repetition_penalty),
+        params.presence_penalty,
+        params.frequency_penalty,
+    )
+
+
+def columns(rows: Rows[Numbers]) -> dict[str, Array]:
+    """-> each of the NUMBERS of all rows."""
+    return {name: np.array([row[place] for row in rows], dtype) for place, (name, dtype) in enumerate(NUMBERS.items())}
 
 
 def read(samples: Samples, asked: Rows[int | None]) -> list[Sampled]:

@@ -332,7 +332,7 @@ import socket, sys
 from pronk.engine import group, host
 connection = socket.socket(fileno=int(sys.argv[1]))
 connection.set_inheritable(False)
-host.Host(connection, host.no_orders, lambda leave: group.spawned, is_watched=False).run()
+host.Host(connection, host.ring_ends, lambda leave: group.spawned, is_watched=False).run()
 """
 
 

@@ -79,7 +79,7 @@ REFUSED: list[tuple[type, dict[str, object], str]] = [
     (EngineConfig, {"dtype": "int4"}, "--dtype int4"),
     (EngineConfig, {"device": "tpu"}, "--device tpu"),
     (EngineConfig, {"max_model_len": 0}, "--max-model-len 0"),
-    (EngineConfig, {"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
+    (EngineConfig, {"tensor_parallel_size": -2}, "--tensor-parallel-size -2"),
     (EngineConfig, {"tensor_parallel_size": 0}, "--tensor-parallel-size 0"),
     (EngineConfig, {"step_timeout": 0.5}, "--step-timeout 0.5"),
     (EngineConfig, {"step_timeout": float("nan")}, "--step-timeout nan"),

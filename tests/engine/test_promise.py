@@ -1,13 +1,14 @@
 """Promise 1: the schedule never changes the answer. Tokens and logprobs of each request equal, bit for bit, those of
 the same request alone, whoever shares the batch, however prompts are cut, whatever the cache hits, and however often
-blocks run out."""
+blocks run out. At each number of ranks that share the model; between them nothing is promised."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,8 +18,10 @@ from pronk.engine.cache.memory import CachePlan
 from pronk.engine.config import EngineConfig, replace
 from pronk.engine.core import EngineCore
 from pronk.engine.request import Output, Request, SamplingParams, TokenLogprobs
-from pronk.engine.runner import ModelRunner, load_runner
+from pronk.engine.runner import ModelRunner
 from pronk.engine.tokenizer import Vocabulary, load_vocabulary
+
+from .ranks import Crew
 
 MAX_LEN = 600
 BLOCK_SIZE = 16
@@ -72,15 +75,15 @@ Answer = tuple[list[int], list[TokenLogprobs], str | None, list[TokenLogprobs]]
 
 class Engine:
     """One loaded model, run under any schedule. What earlier runs left in the cache's tensors stays there. Answers to
-    compare with are made by one thread, whatever the others are made by."""
+    compare with are made by one thread of each rank, whatever the others are made by."""
 
-    def __init__(self, folder: Path, dtype: str, quantization: str, cpu_threads: int) -> None:
+    def __init__(self, folder: Path, dtype: str, quantization: str, cpu_threads: int, ranks: int) -> None:
         config = EngineConfig(
             model=str(folder), dtype=dtype, quantization=quantization, cpu_threads=cpu_threads, max_model_len=MAX_LEN
         )
         self.config = replace(config, memory="8MiB")
-        self.runner = load_runner(self.config, folder, lambda done, total: None)
-        self.alone = load_runner(replace(self.config, cpu_threads=1), folder, lambda done, total: None)
+        self.crews = [Crew(config, folder, ranks) for config in (self.config, replace(self.config, cpu_threads=1))]
+        self.runner, self.alone = (crew.runner for crew in self.crews)
         self.vocabulary: Vocabulary = load_vocabulary(folder)
 
     def core(
@@ -134,48 +137,73 @@ def add(answers: dict[str, Answer], output: Output) -> None:
     )
 
 
+Write = Callable[..., Path]
+
+
+def loaded(param: tuple[Any, ...], tiny_llama: Callable[..., dict[str, object]], write: Write, folder: Path) -> Engine:
+    """param: dtype, quantization, threads and ranks."""
+    dtype, *rest, ranks = param
+    heads = 6 if ranks == 1 else 8
+    config = tiny_llama("1b", hidden_size=192, intermediate_size=224, num_attention_heads=heads, num_key_value_heads=2)
+    return Engine(write(folder, {**config, "head_dim": 64}, dtype=dtype), dtype, *rest, ranks)
+
+
 @pytest.fixture(
     scope="module",
-    params=[("float32", "none", 1), ("bfloat16", "none", 2), ("bfloat16", "int8", 3)],
+    params=[("float32", "none", 1, 1), ("bfloat16", "none", 2, 1), ("bfloat16", "int8", 3, 1)],
     ids=["float32-1-thread", "bfloat16-2-threads", "int8-3-threads"],
 )
 def engine(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_llama: Callable[..., dict[str, object]],
-    write_checkpoint: Callable[..., Path],
+    write_checkpoint: Write,
 ) -> Engine:
-    dtype, *rest = request.param
-    config = tiny_llama("1b", hidden_size=192, intermediate_size=224, num_attention_heads=6, num_key_value_heads=2)
-    folder = write_checkpoint(tmp_path_factory.mktemp("promise"), {**config, "head_dim": 64}, dtype=dtype)
-    return Engine(folder, dtype, *rest)
+    return loaded(request.param, tiny_llama, write_checkpoint, tmp_path_factory.mktemp("promise"))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("bfloat16", "none", 2, 2), ("float32", "none", 1, 4), ("bfloat16", "int8", 1, 8)],
+    ids=["bfloat16-2-ranks", "float32-4-ranks", "int8-8-ranks"],
+)
+def shared(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., dict[str, object]],
+    write_checkpoint: Write,
+) -> Iterator[Engine]:
+    engine = loaded(request.param, tiny_llama, write_checkpoint, tmp_path_factory.mktemp("promise"))
+    yield engine
+    for crew in engine.crews:
+        crew.close()
+
+
+SCHEDULES = {
+    "arriving": st.lists(arrivals, min_size=1, max_size=8),
+    "num_blocks": st.integers(23, 60),
+    "budget": st.sampled_from([1, 3, 16, 17, 64, 300, 1000]),
+    "max_num_seqs": st.integers(1, 8),
+    "prefix_caching": st.booleans(),
+    "overlaps": st.booleans(),
+}
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    arriving=st.lists(arrivals, min_size=1, max_size=8),
-    num_blocks=st.integers(23, 60),
-    budget=st.sampled_from([1, 3, 16, 17, 64, 300, 1000]),
-    max_num_seqs=st.integers(1, 8),
-    prefix_caching=st.booleans(),
-    overlaps=st.booleans(),
-)
-def test_the_schedule_never_changes_the_answer(
-    engine: Engine,
-    arriving: list[Arrival],
-    num_blocks: int,
-    budget: int,
-    max_num_seqs: int,
-    prefix_caching: bool,
-    overlaps: bool,
-) -> None:
-    core = engine.core(
-        num_blocks=num_blocks,
-        budget=budget,
-        max_num_seqs=max_num_seqs,
-        prefix_caching=prefix_caching,
-        overlaps=overlaps,
-    )
+@given(**SCHEDULES)
+def test_the_schedule_never_changes_the_answer(engine: Engine, arriving: list[Arrival], **schedule: Any) -> None:
+    check(engine, arriving, **schedule)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**SCHEDULES)
+def test_nor_where_ranks_share_the_model(shared: Engine, arriving: list[Arrival], **schedule: Any) -> None:
+    check(shared, arriving, **schedule)
+
+
+def check(engine: Engine, arriving: list[Arrival], **schedule: Any) -> None:
+    """What each request gets under this schedule is what it gets alone."""
+    core = engine.core(**schedule)
     answers = drive(core, arriving)
     for name, arrival in enumerate(arriving):
         if arrival.aborted is not None and arrival.aborted < arrival.step:

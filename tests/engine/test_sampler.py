@@ -44,7 +44,7 @@ def sample(request: pytest.FixtureRequest) -> Sample:
     """The sampler over each kernel set."""
 
     def sample(logits: Tensor, rows: list[SampleRow]) -> list[Sampled]:
-        found = request.param.sample(logits, build(rows, logits.shape[1], logits.device))
+        found = request.param.sample(logits, build(rows, logits.shape[1]).batch(logits.device))
         return read(found, [row.params.logprobs for row in rows])
 
     return sample
@@ -374,7 +374,7 @@ def test_a_penalty_that_overflows_still_gives_a_token(sample: Sample, params: di
 
 
 def adjusted(logits: list[float], one: SampleRow) -> list[float]:
-    batch = build([one], len(logits), torch.device("cpu"))
+    batch = build([one], len(logits)).batch(torch.device("cpu"))
     return sampling.adjust(torch.tensor(logits), next(sampling.rows_of(batch))).tolist()
 
 
@@ -576,7 +576,7 @@ def test_what_a_batch_holds() -> None:
             logprobs=4,
         ),
     ]
-    batch = build(rows, 40, torch.device("cpu"))
+    batch = build(rows, 40).batch(torch.device("cpu"))
     assert batch.temperature.tolist() == [0.5, 0.0]
     assert batch.top_k.tolist() == [3, 50]
     assert batch.top_p.tolist() == [0.25, 1.0]
@@ -593,6 +593,6 @@ def test_what_a_batch_holds() -> None:
     assert (batch.mask, batch.top_n, batch.greedy, batch.plain) == (None, 4, False, False)
     assert batch.noise_keys.dtype == torch.int64
     assert batch.top_k.dtype == batch.entry_starts.dtype == batch.entry_ids.dtype == batch.entry_counts.dtype
-    plain = build(rows[:1], 40, torch.device("cpu"))
+    plain = build(rows[:1], 40).batch(torch.device("cpu"))
     assert (plain.top_n, plain.greedy, plain.plain, len(plain.entry_ids)) == (None, False, True, 0)
-    assert build([row(temperature=0)] * 2, 40, torch.device("cpu")).greedy
+    assert build([row(temperature=0)] * 2, 40).batch(torch.device("cpu")).greedy

@@ -111,7 +111,7 @@ MISTAKES = [
     ("serve --log-level loud", {}, ["--log-level", "debug, info"]),
     ("serve --block-size 17", {}, ["--block-size 17", "32"]),
     ("serve --kv-cache-memory much", {}, ["'much'", "4GiB"]),
-    ("serve --tensor-parallel-size 2", {}, ["--tensor-parallel-size 2"]),
+    ("serve --tensor-parallel-size 0", {}, ["--tensor-parallel-size 0"]),
     ("serve a b", {}, ["'b'"]),
     ("serv", {}, ["'serv'", "pronk --help"]),
     ("--frobnicate", {}, ["--frobnicate"]),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
+from pronk.engine.model.split import split_of
 from pronk.kernels import gpu, reference
 from pronk.kernels.interface import LayerCache, Queries
 
@@ -59,7 +60,7 @@ def load(kernels: Any, dtype: torch.dtype, device: str, weight_format: Any = "pl
     ]
     with torch.inference_mode():
         return llama.load(
-            CONFIG,
+            split_of(CONFIG, 0, 1),
             kernels,
             tensors,
             dtype=dtype,
