@@ -355,7 +355,7 @@ def run_rank(seat):
     signal.pause()
 connection = socket.socket(fileno=int(sys.argv[1]))
 connection.set_inheritable(False)
-host.Host(connection, host.no_orders, lambda leave: group.forked(run_rank, leave)).run()
+host.Host(connection, host.ring_ends, lambda leave: group.forked(run_rank, leave)).run()
 """
 
 
