@@ -54,7 +54,7 @@ TEXT = b" a llama hums and walks on"
 INFO = wire.EngineInfo(
     folder="pretended", num_parameters=0, dtype="none", device="none", kernels="none", weights_bytes=0,
     kv_cache_bytes=0, num_blocks=1, block_size=16, max_model_len=1 << 17, max_num_seqs=1024,
-    max_num_batched_tokens=1024, vocab_size=1 << 17, eos_token_ids=[], load_seconds=0.0,
+    max_num_batched_tokens=1024, vocab_size=1 << 17, eos_token_ids=[], load_seconds=0.0, ranks=[],
 )  # fmt: skip
 
 

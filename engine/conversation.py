@@ -162,7 +162,7 @@ async def _until_ready(
             elif isinstance(message, wire.Failed):
                 failed = message
     end = await group.end()
-    if failed is not None and end.rank == 0:
+    if failed is not None and (end.rank == 0 or _is_on_purpose(failed)):
         raise _start_error(failed)
     raise EngineStartError(f"the engine ended while it was starting: {end.reason}")
 
@@ -177,9 +177,9 @@ async def _read(reader: asyncio.StreamReader) -> bytes:
 
 def _start_error(failed: wire.Failed) -> PronkError:
     """The engine's own error where it is one that Pronk raises on purpose, else a fault of ours with its traceback."""
-    kind = getattr(errors, failed.kind, None)
-    if isinstance(kind, type) and issubclass(kind, PronkError):
-        return kind(failed.message)
+    if _is_on_purpose(failed):
+        error: PronkError = getattr(errors, failed.kind)(failed.message)
+        return error
     return EngineStartError(
         f"the engine failed while it was starting: {failed.kind}: {failed.message}\n{failed.traceback}"
     )
@@ -187,6 +187,10 @@ def _start_error(failed: wire.Failed) -> PronkError:
 
 def _failure(failed: wire.Failed) -> str:
     """Clients read it. An error that nobody raised on purpose may hold a path: it stands in the engine's own log."""
+    return failed.message if _is_on_purpose(failed) else f"rank 0 failed with {failed.kind}"
+
+
+def _is_on_purpose(failed: wire.Failed) -> bool:
+    """Whether its error is one of Pronk's own, which says what to do."""
     kind = getattr(errors, failed.kind, None)
-    on_purpose = isinstance(kind, type) and issubclass(kind, PronkError)
-    return failed.message if on_purpose else f"rank 0 failed with {failed.kind}"
+    return isinstance(kind, type) and issubclass(kind, PronkError)

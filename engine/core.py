@@ -11,6 +11,7 @@ Knows requests by their tokens; not who sent them, nor over what. Two callers: `
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -77,6 +78,8 @@ class EngineCore:
         self._ended: list[Output] = []
         self._running: Step | None = None
         self._counters = _Counters()
+        self._collectives = runner.model.tp.counts
+        self._collectives_before = dataclasses.replace(self._collectives)
 
     @property
     def has_work(self) -> bool:
@@ -277,6 +280,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """As of the last step."""
         counters, pool = self._counters, self._cache.pool
+        collectives, before = self._collectives, self._collectives_before
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
@@ -295,6 +299,9 @@ class EngineCore:
             step_seconds=counters.step_seconds,
             step_tokens=counters.step_tokens,
             step_sequences=counters.step_sequences,
+            all_reduces=collectives.all_reduces - before.all_reduces,
+            all_gathers=collectives.all_gathers - before.all_gathers,
+            collective_seconds=collectives.seconds - before.seconds,
         )
 
 

@@ -25,7 +25,9 @@ Launch = Callable[[Seat, Sequence[Seat]], int]
 """Start the process of one seat out of those of a group. -> its id."""
 
 BLAME_SECONDS = 0.2
-"""How long a rank that lost a peer waits for that peer's own end to be seen, which is then the one to be named."""
+"""How long after one rank's end others are waited for, whose end may be the one to be named."""
+SUSPECT_SHARE = 0.5
+"""Of its patience: a rank that is silent so long may be what others wait for."""
 KILL_SECONDS = 10.0
 """How long killed ranks may take to be gone: one that a driver holds on to must not keep a group from coming back."""
 LONGEST_TICK_SECONDS = 1.0
@@ -44,6 +46,7 @@ class Group:
         self._is_watched = is_watched
         self._living: dict[int, int] = {}
         self._codes: dict[int, int] = {}
+        self._stopped: set[int] = set()
         self._first_death = 0.0
         self._verdict: GroupEnded | None = None
         self._give_up = 0.0
@@ -89,18 +92,31 @@ class Group:
 
     def _reap(self) -> None:
         for rank, pid in list(self._living.items()):
-            reaped, status = os.waitpid(pid, os.WNOHANG)
-            if reaped:
-                del self._living[rank]
-                self._codes[rank] = os.waitstatus_to_exitcode(status)
-                self._first_death = self._first_death or time.monotonic()
+            while rank in self._living:
+                changed, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+                if not changed:
+                    break
+                self._note(rank, status)
+
+    def _note(self, rank: int, status: int) -> None:
+        """status: as the system spells that a process has stopped, gone on or ended."""
+        if os.WIFSTOPPED(status):
+            self._stopped.add(rank)
+        elif os.WIFCONTINUED(status):
+            self._stopped.discard(rank)
+        else:
+            del self._living[rank]
+            self._codes[rank] = os.waitstatus_to_exitcode(status)
+            self._first_death = self._first_death or time.monotonic()
 
     def _judge(self) -> None:
         """Find out whether the group has to end, and by whose fault."""
         if self._codes:
             rank = min(self._codes, key=lambda rank: (_blame(self._codes[rank]), rank))
-            is_bereft = self._codes[rank] == LOST_PEER and self._living
-            if not is_bereft or time.monotonic() >= self._first_death + BLAME_SECONDS:
+            code = self._codes[rank]
+            # What one rank meets, others may meet: rank 0 can say more of it, to the server.
+            is_certain = code < 0 or (rank == 0 and code != LOST_PEER) or not self._living
+            if is_certain or time.monotonic() >= self._first_death + BLAME_SECONDS:
                 self._condemn(rank, f"rank {rank} {self._how_it_ended(rank)}")
         elif self._is_watched:
             self._find_hung()
@@ -109,6 +125,8 @@ class Group:
         code, words = self._codes[rank], self._watches[rank].last_words()
         if code < 0:
             return f"was killed by signal {-code}"
+        if code == LOST_PEER:
+            return "lost another rank"
         return f"failed: {words}" if words else f"ended with exit code {code}"
 
     def _find_hung(self) -> None:
@@ -116,14 +134,23 @@ class Group:
         # A time in which this process did not run either, as in a machine that was frozen, is nobody's fault.
         elapsed = min(now - self._looked, 2 * self.tick)
         self._looked = now
-        hung = []
+        longest = 0.0
+        silent = []
         for rank, watch in enumerate(self._watches):
             watch.look(elapsed)
-            if watch.silence >= watch.patience(self._start_timeout):
-                hung.append((watch.at, rank))
-        if hung:
-            _, rank = min(hung)
+            share = watch.silence / watch.patience(self._start_timeout)
+            longest = max(longest, share)
+            if share >= SUSPECT_SHARE:
+                silent.append(rank)
+        if longest >= 1:
+            rank = min(silent, key=self._innocence)
             self._condemn(rank, f"rank {rank} {self._watches[rank].describe(self._start_timeout)}")
+
+    def _innocence(self, rank: int) -> tuple[bool, int, float]:
+        """Of a rank that is silent: all are, where one hangs and the others wait for it. That one was stopped, or has
+        begun the fewest of the operations that all do together, or else was the first to be silent."""
+        watch = self._watches[rank]
+        return rank not in self._stopped, watch.operations, watch.at
 
     def _condemn(self, rank: int, reason: str) -> None:
         self._verdict = GroupEnded(rank, reason)
@@ -144,14 +171,15 @@ class _Watch:
     def __init__(self, pulse: Pulse) -> None:
         self._pulse = pulse
         self.at = pulse.read().at
+        self.operations = 0
         self.silence = 0.0
         """Seconds that this was looked at without a new beat."""
 
     def look(self, elapsed: float) -> None:
         """elapsed: seconds since the last look."""
-        at = self._pulse.read().at
-        self.silence = self.silence + elapsed if at == self.at else 0.0
-        self.at = at
+        beat = self._pulse.read()
+        self.silence = self.silence + elapsed if beat.at == self.at else 0.0
+        self.at, self.operations = beat.at, beat.operations
 
     def patience(self, start_timeout: float) -> float:
         """-> seconds that the rank may be silent."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from pronk.engine.client import check_request
 from pronk.engine.config import EngineConfig
 from pronk.engine.core import EngineCore
-from pronk.engine.errors import NonFiniteLogitsError
+from pronk.engine.errors import ConfigError, NonFiniteLogitsError
 from pronk.engine.process import engine_info
 from pronk.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from pronk.engine.runner import load_runner
@@ -40,6 +40,11 @@ class LLM:
 
     def __init__(self, config: EngineConfig) -> None:
         """config.model: a folder with a checkpoint. Raises CheckpointError and ConfigError."""
+        if config.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size {config.tensor_parallel_size}: LLM runs a model in its own process, which is "
+                "one rank; start `pronk serve` with --tensor-parallel-size and ask that, or leave it at 1"
+            )
         folder = Path(config.model)
         runner = load_runner(config, folder, lambda done, total: None)
         self.core = EngineCore(config, runner, load_vocabulary(folder))

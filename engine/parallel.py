@@ -27,6 +27,9 @@ from pronk.engine.errors import GroupError
 ONE_SHOT_BYTES = 1 << 18
 """Tensors up to this size go whole to every rank: what counts there is the number of messages, not their size."""
 
+LOOK_SECONDS = 0.005
+"""How often a rank that waits for others to load looks whether they have."""
+
 
 @dataclass
 class Counts:
@@ -61,7 +64,7 @@ class Collectives(Protocol):
         """What was done so far."""
 
     def meet(self) -> None:
-        """Wait until every rank is here, for as long as one may take to load."""
+        """Wait until every rank is here, however long one takes to load."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """x: of one shape and dtype on all ranks -> the sum of theirs, in rank order, rounded once to the dtype."""
@@ -118,6 +121,8 @@ class Ranks:
     exchange: Exchange
     meeting: Callable[[], None] = lambda: None
     """Returns when all ranks have called it."""
+    on_begin: Callable[[], None] = lambda: None
+    """Is called before each operation."""
     counts: Counts = field(default_factory=Counts)
 
     def meet(self) -> None:
@@ -126,6 +131,7 @@ class Ranks:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `Collectives.all_reduce`."""
+        self.on_begin()
         started = time.monotonic()
         with record_function("all_reduce"):
             summed = self._one_shot(x) if x.nbytes <= ONE_SHOT_BYTES else self._two_shots(x)
@@ -135,6 +141,7 @@ class Ranks:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See `Collectives.all_gather`."""
+        self.on_begin()
         started = time.monotonic()
         with record_function("all_gather"):
             gathered = self.exchange.gather(x)
@@ -208,19 +215,20 @@ class Place:
     """A torch.distributed store that all ranks reach."""
     address: str
     """This host's, as the other ranks reach it."""
-    step_timeout: float
+    timeout: float
     """Seconds that an operation may take. Of those that are replayed from a captured step NCCL sees nothing: the host
     of the ranks does."""
-    start_timeout: float
-    """Seconds that the slowest rank may be behind the first while they start."""
 
 
-def join(place: Place, device: torch.device) -> Ranks:
-    """Meet the other ranks. -> the group, when all are there. Raises GroupError."""
+def join(place: Place, device: torch.device, *, beat: Callable[[], None], on_begin: Callable[[], None]) -> Ranks:
+    """Meet the other ranks. -> the group, when all are there. Raises GroupError.
+
+    beat: is called while this rank waits for one that still loads. on_begin: see `Ranks`.
+    """
 
     def meeting() -> None:
         try:
-            _meet(place, f"meeting {next(numbers)}")
+            _meet(place, f"meeting {next(numbers)}", beat)
         except RuntimeError as error:
             raise GroupError(f"rank {place.rank} waited for ranks that did not come ({error})") from error
 
@@ -231,20 +239,24 @@ def join(place: Place, device: torch.device) -> Ranks:
     except RuntimeError as error:
         raise GroupError(f"rank {place.rank} cannot reach the other ranks ({error})") from error
     exchange = TorchExchange(backend, place.rank, place.size)
-    return Ranks(place.rank, place.size, place.neighbours, exchange, meeting)
+    return Ranks(place.rank, place.size, place.neighbours, exchange, meeting, on_begin)
 
 
-def _meet(place: Place, name: str) -> None:
+def _meet(place: Place, name: str, beat: Callable[[], None]) -> None:
+    """Wait for as long as it takes: whoever watches the ranks knows which of them gets on with its loading."""
     place.store.set(f"{name}, rank {place.rank}", "")
     keys = [f"{name}, rank {rank}" for rank in range(place.size)]
-    place.store.wait(keys, datetime.timedelta(seconds=place.start_timeout))
+    # Not `wait`: that prints warnings when it waits in vain, and here it does whenever one rank is slower.
+    while not place.store.check(keys):
+        beat()
+        time.sleep(LOOK_SECONDS)
 
 
 def _backend(place: Place, device: torch.device) -> Any:
     from torch.distributed import distributed_c10d
 
     groups: Any = distributed_c10d
-    bound = datetime.timedelta(seconds=place.step_timeout)
+    bound = datetime.timedelta(seconds=place.timeout)
     if device.type == "cuda":
         options = groups.ProcessGroupNCCL.Options()
         options._timeout = bound

@@ -24,7 +24,7 @@ from pronk.engine.core import EngineCore
 from pronk.engine.errors import GroupError, PronkError
 from pronk.engine.orders import Begin, Order, Stop, encode
 from pronk.engine.request import Request, SamplingParams
-from pronk.engine.runner import ModelRunner, load_runner, tell_nobody
+from pronk.engine.runner import ModelRunner, check_size, load_runner, tell_nobody
 from pronk.engine.seat import LOST_PEER, Pulse, Seat
 from pronk.engine.tokenizer import load_vocabulary
 from pronk.engine.worker import BEAT_SECONDS, follow, give_cores_to_kernels, join_group, ring_end, step_timeout
@@ -122,6 +122,7 @@ def serve(link: Link, config: EngineConfig, seat: Seat) -> None:
     """Load, say so, then receive, step and send until told to stop."""
     folder, pulse = Path(config.model), seat.pulse
     link.send(wire.Progress("starting"))
+    check_size(config, folder, seat.size)
     tell = leader_of(seat)
     tell(Begin(config))
     progress = _ProgressReporter(link, pulse)
@@ -181,10 +182,10 @@ def engine_info(config: EngineConfig, runner: ModelRunner) -> wire.EngineInfo:
         folder=config.model,
         num_parameters=model.config.num_parameters,
         dtype=str(runner.dtype).removeprefix("torch."),
-        device=str(runner.device),
+        device=str(runner.device) if model.tp.size == 1 else runner.device.type,
         kernels=model.kernels.describe(runner.dtype),
-        weights_bytes=model.nbytes,
-        kv_cache_bytes=runner.cache.nbytes,
+        weights_bytes=sum(share.weights_bytes for share in runner.shares),
+        kv_cache_bytes=sum(share.kv_cache_bytes for share in runner.shares),
         num_blocks=runner.plan.num_blocks,
         block_size=runner.block_size,
         max_model_len=runner.plan.max_model_len,
@@ -193,6 +194,7 @@ def engine_info(config: EngineConfig, runner: ModelRunner) -> wire.EngineInfo:
         vocab_size=model.config.vocab_size,
         eos_token_ids=sorted(model.config.eos_token_ids),
         load_seconds=runner.load_seconds,
+        ranks=runner.shares,
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from pronk.engine.scheduler import Row
 from pronk.engine.sequence import Sequence
 from pronk.engine.weights.checkpoint import open_checkpoint
 from pronk.engine.weights.progress import track
+from pronk.engine.wire import RankShare
 from pronk.kernels import for_device
 from pronk.kernels.cpu.cores import default_threads
 from pronk.kernels.interface import Kernels, Queries, Samples, WeightFormat
@@ -126,6 +128,8 @@ class ModelRunner:
     overlaps: bool
     """Whether a step is to be launched while the one before it runs."""
     load_seconds: float
+    shares: list[RankShare]
+    """What each rank has of the model."""
     tell: Callable[[Order], None]
     """Tells the other ranks."""
 
@@ -347,11 +351,20 @@ def load_runner(
         graphs=None,
         overlaps=device.type == "cuda",
         load_seconds=time.monotonic() - started,
+        shares=shares_of(model, cache, device),
         tell=tell,
     )
     if device.type != "cuda" or config.enforce_eager:
         return runner
     return with_graphs(runner, CudaCapture(), max_num_seqs=config.scheduler.max_num_seqs)
+
+
+def check_size(config: EngineConfig, folder: Path, size: int) -> None:
+    """Before anything is loaded: raises ConfigError where so many ranks cannot share the model in `folder`, or find no
+    devices here, and CheckpointError where it cannot be read."""
+    if size > 1:
+        split_of(open_checkpoint(folder, config.load_format, seed=config.seed or 0).config, 0, size)
+        choose_device(config.device, neighbours=size)
 
 
 def share_of_memory(device: torch.device, tp: Collectives) -> int:
@@ -364,6 +377,14 @@ def share_of_memory(device: torch.device, tp: Collectives) -> int:
         # Neighbours take from the same memory; that the first have begun while the last still look is no matter.
         free //= tp.neighbours
     return int(tp.all_gather(torch.tensor([free], device=device)).min())
+
+
+def shares_of(model: llama.Llama, cache: memory.KVCache, device: torch.device) -> list[RankShare]:
+    """What each rank has, by rank. To be called by all."""
+    split = model.split
+    own = RankShare(model.nbytes, cache.nbytes, split.config.num_key_value_heads, split.vocab_stop - split.vocab_start)
+    everyones = model.tp.all_gather(torch.tensor(msgspec.structs.astuple(own), device=device))
+    return [RankShare(*numbers) for numbers in everyones.tolist()]
 
 
 def with_graphs(runner: ModelRunner, capture: Capture, *, max_num_seqs: int) -> ModelRunner:

@@ -18,7 +18,7 @@ LOST_PEER = 3
 """Exit code of a rank that ended because another one did: it is not the one to be named as the reason."""
 
 _SLOT = 1024
-"""Bytes of each rank in the memory that all share: two words of its beat, and after a cache line its last words."""
+"""Bytes of each rank in the memory that all share: three words of its beat, and after a cache line its last words."""
 _LAST_WORDS = 64
 _WORDS = _SLOT // 8
 _NANOSECONDS = 10**9
@@ -43,6 +43,8 @@ class Beat:
     """Seconds of time.monotonic."""
     patience: float
     """Seconds until the next beat after which the rank counts as hung; 0: it is starting, and has not said."""
+    operations: int
+    """That all ranks do together: how many it has begun."""
 
 
 class Pulse:
@@ -64,6 +66,11 @@ class Pulse:
         self._words[1] = int(patience * _NANOSECONDS)
         self.beat()
 
+    def operate(self) -> None:
+        """The rank begins an operation that all ranks do together, where one that does not come makes all others wait.
+        No beat: it may wait for ever."""
+        self._words[2] += 1
+
     def say(self, text: str) -> None:
         """Before it ends: why. Once; what is longer than a page of a book is cut."""
         data = text.encode(errors="replace")[: len(self._last_words) - 1]
@@ -75,7 +82,7 @@ class Pulse:
 
     def read(self) -> Beat:
         """For the host."""
-        return Beat(self._words[0] / _NANOSECONDS, self._words[1] / _NANOSECONDS)
+        return Beat(self._words[0] / _NANOSECONDS, self._words[1] / _NANOSECONDS, self._words[2])
 
 
 def shared_memory(size: int) -> mmap.mmap:

@@ -56,6 +56,17 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
     unit: str = "B"
 
 
+class RankShare(msgspec.Struct, frozen=True):
+    """What one of several ranks has of the model."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    kv_heads: int
+    """Of each layer."""
+    token_ids: int
+    """Of the vocabulary."""
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """The engine has loaded the model and made a first token: it can serve."""
 
@@ -66,7 +77,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     kernels: str
     """Which kernel set runs, in words: for the table at start."""
     weights_bytes: int
+    """Of all ranks."""
     kv_cache_bytes: int
+    """Of all ranks."""
     num_blocks: int
     block_size: int
     max_model_len: int
@@ -75,6 +88,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     vocab_size: int
     eos_token_ids: list[int]
     load_seconds: float
+    ranks: list[RankShare]
+    """By rank."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True, kw_only=False):
@@ -102,6 +117,11 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True, kw_only=False):
     """In the last step."""
     step_sequences: int = 0
     """In the last step."""
+    all_reduces: int = 0
+    """Operations of the ranks that share the model, as are the next: rank 0's."""
+    all_gathers: int = 0
+    collective_seconds: float = 0.0
+    """That went by in them, waiting for other ranks included."""
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):

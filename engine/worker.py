@@ -16,18 +16,20 @@ import torch
 
 from pronk.engine.channel import Follower
 from pronk.engine.config import EngineConfig
-from pronk.engine.errors import GroupError, PronkError
+from pronk.engine.errors import GroupError, LeaderGone, PronkError
 from pronk.engine.orders import Begin, Order, Stop, decode
 from pronk.engine.parallel import ALONE, Collectives, Place, join
 from pronk.engine.ring import RingEnd
 from pronk.engine.runner import choose_device, load_runner
 from pronk.engine.seat import LOST_PEER, Pulse, Seat
 
-BEAT_SECONDS = 1.0
-"""The longest that a rank with nothing to do goes without a beat."""
+BEAT_SECONDS = 0.25
+"""The longest that a rank with nothing to do goes without a beat; a rank may count as hung after a second."""
 STEP_TIMEOUT_SECONDS = {"cuda": 60.0, "cpu": 600.0}
 """A GPU's slowest step is one whose kernels have to be compiled first. A CPU may read long prompts through billions of
 weights in one step, and `--max-num-batched-tokens` may make that longer still."""
+OUTLASTS = 2.0
+"""By so much a rank waits longer for others than the host waits for it: the host knows which of them hangs."""
 LOCALHOST = "127.0.0.1"
 
 log = logging.getLogger("pronk.engine")
@@ -37,14 +39,25 @@ def follow(seat: Seat) -> int:
     """-> exit code: 0 when rank 0 said that it is over, LOST_PEER when another rank is gone, 1 after a failure."""
     try:
         _follow(seat, ring_end(seat).follow())
+    except LeaderGone:
+        return LOST_PEER  # the host says how rank 0 ended
     except GroupError as error:
         log.error("rank %d: %s", seat.rank, error)
         return LOST_PEER
+    except PronkError as error:
+        seat.pulse.say(str(error))
+        return 1
     except Exception as error:  # noqa: BLE001  the crash report: whatever it was, the server must learn of it
         log.error("rank %d failed:\n%s", seat.rank, "".join(traceback.format_exception(error)))
-        seat.pulse.say(f"{type(error).__name__}: {error}")
+        seat.pulse.say(_last_words(error, is_serving=seat.pulse.read().patience > 0))
         return 1
     return 0
+
+
+def _last_words(error: Exception, *, is_serving: bool) -> str:
+    """Clients read them of a rank that serves, and an error that nobody raised on purpose may hold a path."""
+    name = type(error).__name__
+    return name if is_serving else f"{name}: {error}"
 
 
 def ring_end(seat: Seat) -> RingEnd:
@@ -63,10 +76,11 @@ def _follow(seat: Seat, orders: Follower) -> None:
     runner = load_runner(config, Path(config.model), lambda done, total: seat.pulse.beat(), tp=tp)
     give_cores_to_kernels(runner.device)
     patience = step_timeout(config, runner.device.type)
-    seat.pulse.serve(patience)
     last = None
     while not isinstance(order := _next(orders, seat.pulse, min(BEAT_SECONDS, patience / 4)), Stop):
         last = runner.carry_out(order, last)
+        # Not before its first step: that compiles what the others find ready, and belongs to the start.
+        seat.pulse.serve(patience)
 
 
 def _next(orders: Follower, pulse: Pulse, idle: float) -> Order:
@@ -87,12 +101,11 @@ def join_group(seat: Seat, config: EngineConfig) -> Collectives:
         rank=seat.rank,
         size=seat.size,
         neighbours=seat.size,
-        store=_store(seat, config.start_timeout),
+        store=_store(seat, OUTLASTS * config.start_timeout),
         address=LOCALHOST,
-        step_timeout=step_timeout(config, device.type),
-        start_timeout=config.start_timeout,
+        timeout=OUTLASTS * step_timeout(config, device.type),
     )
-    return join(place, device)
+    return join(place, device, beat=seat.pulse.beat, on_begin=seat.pulse.operate)
 
 
 def _store(seat: Seat, timeout: float) -> Any:

@@ -5,13 +5,14 @@ Knows text and terminals; no engine but by the messages it sends.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import pronk
-from pronk.engine.wire import EngineInfo, Progress
+from pronk.engine.wire import EngineInfo, Progress, RankShare
 
 PLAIN_STEP = 0.25
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -95,6 +96,7 @@ def start_table(info: EngineInfo, *, names: Sequence[str], url: str, needs_key: 
         ("device", f"{info.device} ({info.kernels})"),
         ("weights", f"{readable_bytes(info.weights_bytes)}, loaded in {info.load_seconds:.1f} s"),
         ("KV cache", f"{readable_bytes(info.kv_cache_bytes)}: {info.num_blocks} blocks of {info.block_size} tokens"),
+        *_ranks(info.ranks),
         ("context", f"{info.max_model_len} tokens"),
         ("at a time", f"{info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens a step"),
         ("address", f"{url}/v1{' (API key needed)' if needs_key else ''}"),
@@ -103,6 +105,22 @@ def start_table(info: EngineInfo, *, names: Sequence[str], url: str, needs_key: 
     table = "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
     curl = curl_line(names[0], url, needs_key=needs_key)
     return f"Pronk {pronk.__version__} is ready.\n\n{table}\n\nTry it:\n\n{curl}\n"
+
+
+def _ranks(shares: Sequence[RankShare]) -> Iterator[tuple[str, str]]:
+    """-> the rows that say what each of several ranks has; neighbours that have as much share one."""
+    if len(shares) == 1:
+        return
+    first = 0
+    for share, alike in itertools.groupby(shares):
+        last = first + len(list(alike)) - 1
+        heads = f"{share.kv_heads} KV head{'s' if share.kv_heads > 1 else ''}"
+        yield (
+            f"rank {first}" if first == last else f"ranks {first}-{last}",
+            f"{'' if first == last else 'each '}{readable_bytes(share.weights_bytes)} of weights, {heads}, "
+            f"{readable_bytes(share.kv_cache_bytes)} of KV cache, {share.token_ids} token ids",
+        )
+        first = last + 1
 
 
 def curl_line(model: str, url: str, *, needs_key: bool) -> str:

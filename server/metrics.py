@@ -350,6 +350,24 @@ class _EngineState(Collector):
             family = CounterMetricFamily(PREFIX + name, text, labels=["model"])
             family.add_metric([self._service.names[0]], value)
             yield family
+        yield from self._collectives(stats)
+
+    def _collectives(self, stats: EngineStats) -> Iterator[Metric]:
+        yield self._by_state(
+            CounterMetricFamily(
+                PREFIX + "collectives",
+                "Operations by which the processes that share the model exchange what each has worked out.",
+                labels=["model", "operation"],
+            ),
+            {"all_reduce": stats.all_reduces, "all_gather": stats.all_gathers},
+        )
+        family = CounterMetricFamily(
+            PREFIX + "collective_seconds",
+            "Seconds that rank 0 spent in them, waiting for the others included; on a GPU, launching them.",
+            labels=["model"],
+        )
+        family.add_metric([self._service.names[0]], stats.collective_seconds)
+        yield family
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(PREFIX + name, text, labels=["model"])

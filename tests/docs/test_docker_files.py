@@ -286,6 +286,7 @@ def families() -> Iterator[Metric]:
         vocab_size=1,
         eos_token_ids=[0],
         load_seconds=0.0,
+        ranks=[],
     )
     engine = SimpleNamespace(info=info, stats=EngineStats(blocks_total=1), error=None, restarts=0, num_ranks=1)
     service = SimpleNamespace(names=("cria",), phase=Phase.READY, model=SimpleNamespace(engine=engine))
@@ -370,13 +371,13 @@ def test_a_panel_has_the_unit_of_its_metric(panel: dict[str, Any]) -> None:
     for expr in (target["expr"] for target in panel["targets"]):
         names = re.findall(r"\b((?:pronk|process)_\w+)\{", expr)
         is_ratio = "_ratio{" in expr or (" / " in expr and "_sum{" not in expr)
-        is_cores = "process_cpu_seconds_total{" in expr
+        is_share_of_time = "_seconds_total{" in expr
         is_time = all(re.search(r"_seconds(_bucket|_sum|_count)?$", name) for name in names)
         is_rate = "rate(" in expr and "_sum{" not in expr
         if is_ratio:
             assert unit == "percentunit"
             assert panel["fieldConfig"]["defaults"]["max"] == 1
-        elif is_cores:
+        elif is_share_of_time:
             assert unit == "percentunit"
         elif is_time:
             assert unit == "s"

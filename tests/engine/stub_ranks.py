@@ -4,13 +4,16 @@
 
 PATIENCE: seconds, once a rank serves; 0: it starts for ever. What rank 0 reads from its link: "p" is answered, "q" ends
 it with 0, and a digit makes the rank of that number fail. A rank that loses another one says so by its exit code; "l"
-makes rank 0 do so a while before rank 1 is gone.
+makes rank 0 do so a while before rank 1 is gone. "f" makes rank 1 fail, and rank 0 a while later. A capital letter
+makes all of them hang, all but one in an operation that they wait in for that one: "A" for rank 0, "B" for rank 1, "Z"
+for somebody else.
 """
 
 from __future__ import annotations
 
 import functools
 import select
+import signal
 import socket
 import sys
 import time
@@ -67,6 +70,14 @@ def lead(seat: Seat, link: socket.socket) -> int:
             elif told == b"l":
                 followers[0].sendall(told)
                 return LOST_PEER
+            elif told == b"f":
+                followers[0].sendall(told)
+                time.sleep(LATE_SECONDS)
+                return FAILURE
+            elif told.isupper():
+                for end in followers:
+                    end.sendall(told)
+                hang(seat, told)
             else:
                 followers[int(told) - 1].sendall(told)
 
@@ -81,7 +92,16 @@ def follow(seat: Seat) -> int:
             told = seat.orders.recv(1)
             if told == b"l":
                 time.sleep(LATE_SECONDS)
+            if told.isupper():
+                hang(seat, told)
             return FAILURE if told else LOST_PEER
+
+
+def hang(seat: Seat, told: bytes) -> None:
+    """For ever; in an operation unless it is this rank that was told."""
+    if ord(told) - ord("A") != seat.rank:
+        seat.pulse.operate()
+    signal.pause()
 
 
 if __name__ == "__main__":

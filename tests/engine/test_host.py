@@ -165,6 +165,44 @@ def test_a_rank_that_lost_another_waits_for_that_one_to_be_named(make_host: Make
     assert are_gone(ranks)
 
 
+SEVERAL = [(size, rank) for size, rank in RANKS if size > 1]
+
+
+@pytest.mark.parametrize(("size", "rank"), SEVERAL)
+def test_a_rank_that_all_others_wait_for_is_named(make_host: MakeHost, size: int, rank: int) -> None:
+    host = make_host(PATIENCE)
+    host.start(size)
+    host.tell(bytes([ord("A") + rank]))
+    assert host.receive() == GroupEnded(rank, f"rank {rank} did not answer for 0.5 s")
+
+
+@pytest.mark.parametrize(("size", "rank"), SEVERAL)
+def test_a_rank_that_was_stopped_while_all_wait_is_named(make_host: MakeHost, size: int, rank: int) -> None:
+    host = make_host(PATIENCE)
+    ranks = host.start(size)
+    host.tell(b"Z")
+    ranks[rank].send_signal(signal.SIGSTOP)
+    assert host.receive() == GroupEnded(rank, f"rank {rank} did not answer for 0.5 s")
+
+
+def test_a_rank_that_was_stopped_and_goes_on_is_not_to_blame(make_host: MakeHost) -> None:
+    host = make_host(PATIENCE)
+    ranks = host.start(2)
+    ranks[0].send_signal(signal.SIGSTOP)
+    until(lambda: ranks[0].status() == psutil.STATUS_STOPPED)
+    ranks[0].send_signal(signal.SIGCONT)
+    assert host.answers()
+    host.tell(b"B")
+    assert host.receive() == GroupEnded(1, "rank 1 did not answer for 0.5 s")
+
+
+def test_what_all_ranks_meet_is_told_by_rank_0(make_host: MakeHost) -> None:
+    host = make_host(DEADLINE)
+    host.start(4)
+    host.tell(b"f")
+    assert host.receive() == GroupEnded(0, "rank 0 ended with exit code 7")
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_an_orderly_end_of_rank_0_ends_all(make_host: MakeHost, size: int) -> None:
     host = make_host(DEADLINE)

@@ -84,12 +84,16 @@ stats = st.builds(
     wire.EngineStats,
     **{field.name: seconds if field.type is float else count for field in msgspec.structs.fields(wire.EngineStats)},
 )
+shares = st.builds(wire.RankShare, **dict.fromkeys(wire.RankShare.__struct_fields__, count))
+FIELDS = {
+    int: count,
+    str: text,
+    float: seconds,
+    list[int]: st.lists(token, max_size=3),
+    list[wire.RankShare]: st.lists(shares, max_size=3),
+}
 infos = st.builds(
-    wire.EngineInfo,
-    **{
-        field.name: {int: count, str: text, float: seconds, list[int]: st.lists(token, max_size=3)}[field.type]
-        for field in msgspec.structs.fields(wire.EngineInfo)
-    },
+    wire.EngineInfo, **{field.name: FIELDS[field.type] for field in msgspec.structs.fields(wire.EngineInfo)}
 )
 
 TO_ENGINE = {

@@ -18,7 +18,7 @@ from pronk.engine.errors import EngineDeadError, EngineDrainingError, InvalidPar
 from pronk.engine.model.config import GenerationDefaults
 from pronk.engine.request import Grammar, Output, Request, TokenLogprobs
 from pronk.engine.tokenizer import Tokenizer, Vocabulary, llama_special_tokens
-from pronk.engine.wire import EngineInfo, EngineStats, Step
+from pronk.engine.wire import EngineInfo, EngineStats, RankShare, Step
 from pronk.server.chat.template import ChatTemplate
 from pronk.server.service import ServedModel, Service
 
@@ -47,6 +47,7 @@ def info(**changes: Any) -> EngineInfo:
         "vocab_size": 512,
         "eos_token_ids": [END_OF_TURN],
         "load_seconds": 1.5,
+        "ranks": [RankShare(2 << 30, 1 << 30, 8, 512)],
     }
     return EngineInfo(**{**facts, **changes})
 
