@@ -66,10 +66,21 @@ class Server:
         raise KeyError(name)
 
     @property
+    def host(self) -> psutil.Process:
+        """What starts the ranks. The server may have other children, which judge grammars."""
+        children = psutil.Process(self.process.pid).children()
+        (host,) = [child for child in children if "pronk.engine.host" in child.cmdline()]
+        return host
+
+    @property
+    def ranks(self) -> list[psutil.Process]:
+        """In their order, which is the one in which they were started."""
+        return sorted(self.host.children(), key=lambda rank: rank.pid)
+
+    @property
     def engine(self) -> psutil.Process:
-        """Rank 0."""
-        (host,) = psutil.Process(self.process.pid).children()
-        (rank,) = host.children()
+        """Rank 0, of a server with no other."""
+        (rank,) = self.ranks
         return rank
 
     def processes(self) -> list[psutil.Process]:
