@@ -1,5 +1,5 @@
-"""A server whose model two ranks share: all that it can be asked, asked by many at once, is what each gets alone; greedy
-answers are those of one rank; and an operator sees the ranks."""
+"""A server whose model two ranks share: all that it can be asked, asked by many at once, is what each gets alone;
+greedy answers are those of one rank; and an operator sees the ranks."""
 
 from __future__ import annotations
 
