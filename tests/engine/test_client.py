@@ -365,6 +365,121 @@ async def test_an_engine_that_sends_nonsense_does_not_start(checkpoint: Path) ->
     assert psutil.Process().children(recursive=True) == []
 
 
+FAILING = """
+import signal, socket, sys
+from pronk.engine import group, host, process, worker
+class Runner:
+    def __init__(self, runner):
+        self.device = runner.device
+        self.runner = runner
+    def carry_out(self, order, last):
+        self.left = getattr(self, "left", 5) - 1
+        if not self.left:
+            raise ValueError("/a/path in serving")
+        return self.runner.carry_out(order, last)
+def load_runner(*arguments, tp, load=worker.load_runner):
+    if sys.argv[1] == "loading" and tp.rank == 1:
+        raise OSError("/a/path in loading")
+    if sys.argv[1] == "refusing" and tp.rank == 1:
+        raise process.PronkError("no, thanks")
+    return Runner(load(*arguments, tp=tp))
+worker.load_runner = load_runner
+connection = socket.socket(fileno=int(sys.argv[2]))
+connection.set_inheritable(False)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+host.Host(connection, host.ring_ends, lambda leave: group.forked(process.run_rank, leave)).run()
+"""
+
+
+def failing(when: str) -> Callable[[], HostProcess]:
+    """-> a host whose rank 1 fails then."""
+    return lambda: HostProcess.spawn(("-c", FAILING, when))
+
+
+@pytest.fixture(scope="module")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., dict[str, Any]],
+    write_checkpoint: Callable[..., Path],
+) -> EngineConfig:
+    """A model that two ranks can share."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("shared") / "tiny", tiny_llama("1b"), dtype="float32")
+    return config_of(folder, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("when", "why"),
+    [("loading", "rank 1 failed: OSError: /a/path in loading"), ("refusing", "rank 1 failed: no, thanks")],
+)
+async def test_a_follower_that_fails_while_it_loads_says_why(
+    shared: EngineConfig, when: str, why: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(EngineStartError) as caught:
+        await AsyncEngine.start(shared, spawn=failing(when))
+    assert str(caught.value) == f"the engine ended while it was starting: {why}"
+    assert capfd.readouterr().err.count("Traceback") == (when == "loading")  # its own, of a fault of ours
+    assert psutil.Process().children(recursive=True) == []
+
+
+async def test_a_follower_that_fails_while_it_serves_tells_clients_no_path(
+    shared: EngineConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    engine = await AsyncEngine.start(shared, spawn=failing("serving"))
+    with pytest.raises(EngineDeadError) as caught:
+        await tokens_of(engine, "running", [1], ENDLESS)
+    assert str(caught.value) == "the engine died: rank 1 failed: ValueError"
+    assert "ValueError: /a/path in serving" in capfd.readouterr().err
+    await until_up(engine)
+    assert await tokens_of(engine, "next", [1], SamplingParams(temperature=0, max_tokens=2))
+    await engine.close()
+    assert psutil.Process().children(recursive=True) == []
+
+
+async def test_what_all_ranks_meet_is_raised_by_its_own_name_and_logged_by_none(
+    shared: EngineConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damaged = without_a_layer(Path(shared.model), tmp_path / "damaged")
+    with pytest.raises(TensorError, match=r"layers\.2"):
+        await AsyncEngine.start(replace(shared, model=str(damaged)))
+    with pytest.raises(ConfigError, match="--max-model-len"):
+        await AsyncEngine.start(replace(shared, max_model_len=10**6))
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 3"):
+        await AsyncEngine.start(replace(shared, tensor_parallel_size=3))
+    told = capfd.readouterr().err
+    assert "Traceback" not in told
+    assert "failed" not in told
+    assert psutil.Process().children(recursive=True) == []
+
+
+async def test_ranks_that_wait_for_one_that_loads_do_not_count_as_hung(shared: EngineConfig) -> None:
+    """One rank beats, as it does while it reads weights, for longer than ranks may be silent."""
+    engine = await AsyncEngine.start(
+        replace(shared, start_timeout=1.0), spawn=lambda: HostProcess.spawn(("-c", SLOW_TO_LOAD))
+    )
+    assert await tokens_of(engine, "next", [1])
+    await engine.close()
+
+
+SLOW_TO_LOAD = """
+import socket, sys, time
+from pronk.engine import group, host, process, worker
+def load_runner(config, folder, report, *, tp, load=worker.load_runner):
+    for _ in range(30):
+        time.sleep(0.1)
+        report(0, 0)
+    return load(config, folder, report, tp=tp)
+worker.load_runner = load_runner
+connection = socket.socket(fileno=int(sys.argv[1]))
+connection.set_inheritable(False)
+host.Host(connection, host.ring_ends, lambda leave: group.forked(process.run_rank, leave)).run()
+"""
+
+
+def test_offline_there_is_one_rank(shared: EngineConfig) -> None:
+    with pytest.raises(ConfigError, match="pronk serve"):
+        LLM(shared)
+
+
 @pytest.fixture
 async def down(checkpoint: Path, tmp_path: Path) -> AsyncIterator[tuple[AsyncEngine, Callable[[], None]]]:
     """An engine that has died and cannot be started again; and what lets it."""

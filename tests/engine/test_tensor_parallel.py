@@ -120,6 +120,29 @@ def test_greedy_tokens_are_those_of_one_rank(checkpoint: Callable[..., Path], sh
     crew.close()
 
 
+def test_a_step_adds_twice_a_layer_and_once_for_its_embedding_and_loading_counts_for_nothing(
+    checkpoint: Callable[..., Path],
+) -> None:
+    folder = checkpoint("kv8")
+    config = replace(EngineConfig(model=str(folder), max_model_len=300, cpu_threads=1), memory="8MiB", max_num_seqs=4)
+    crew = Crew(config, folder, 2)
+    core = EngineCore(config, crew.runner, load_vocabulary(folder))
+    assert (core.stats.all_reduces, core.stats.all_gathers, core.stats.collective_seconds) == (0, 0, 0)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    core.add(Request(request_id="a", prompt=[1, 2, 3], params=params))
+    while core.has_work:
+        core.step()
+    assert core.stats.all_reduces == core.stats.steps * (2 * crew.runner.model.config.num_hidden_layers + 1)
+    assert core.stats.all_gathers > 0
+    assert core.stats.collective_seconds > 0
+    shares = crew.runner.shares
+    assert [share.kv_heads for share in shares] == [4, 4]
+    assert sum(share.token_ids for share in shares) == crew.runner.model.config.vocab_size
+    assert shares[0].weights_bytes == crew.runner.model.nbytes
+    assert shares[0].kv_cache_bytes == crew.runner.cache.nbytes
+    crew.close()
+
+
 def answers(config: EngineConfig, runner: Any, folder: Path) -> dict[str, list[int]]:
     core = EngineCore(config, runner, load_vocabulary(folder))
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from pronk.engine.wire import Progress
+from pronk.engine.wire import Progress, RankShare
 from pronk.server.console import (
     ProgressDisplay,
     base_url,
@@ -99,3 +99,14 @@ def test_the_table() -> None:
         "http://x:1/v1 (API key needed)",
     ):  # fmt: skip
         assert fact in table
+    assert "rank" not in table
+
+
+def test_the_table_says_what_each_of_several_ranks_has() -> None:
+    most, last = RankShare(3 << 30, 1 << 30, 2, 1024), RankShare(2 << 30, 1 << 30, 1, 960)
+    table = start_table(info(ranks=[most, most, most, last]), names=("tiny",), url="http://x:1", needs_key=False)
+    rows = [line.strip() for line in table.splitlines() if "rank" in line]
+    assert rows == [
+        "ranks 0-2   each 3.0 GiB of weights, 2 KV heads, 1.0 GiB of KV cache, 1024 token ids",
+        "rank 3      2.0 GiB of weights, 1 KV head, 1.0 GiB of KV cache, 960 token ids",
+    ]

@@ -103,7 +103,7 @@ async def test_gauges_are_read_when_they_are_scraped(connect: Connect) -> None:
     client.engine.stats = EngineStats(
         num_running=3, num_waiting=2, blocks_used=30, blocks_cached=20, blocks_total=100, prompt_tokens_computed=7,
         prompt_tokens_cached=5, preemptions=1, prefix_query_tokens=12, prefix_hit_tokens=5, prefix_evicted_blocks=4,
-        nonfinite_logits=6,
+        nonfinite_logits=6, all_reduces=9, all_gathers=8, collective_seconds=0.5,
     )  # fmt: skip
     samples = await scrape(client)
     assert value(samples, "requests_running") == 3
@@ -117,6 +117,9 @@ async def test_gauges_are_read_when_they_are_scraped(connect: Connect) -> None:
     assert value(samples, "prefix_cache_hit_tokens_total") == 5
     assert value(samples, "prefix_cache_evicted_pages_total") == 4
     assert value(samples, "nonfinite_logits_total") == 6
+    assert value(samples, "collectives_total", operation="all_reduce") == 9
+    assert value(samples, "collectives_total", operation="all_gather") == 8
+    assert value(samples, "collective_seconds_total") == 0.5
     assert value(samples, "device_memory_bytes", device="cpu", kind="weights") == 2 << 30
 
 
