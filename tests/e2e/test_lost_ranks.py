@@ -26,8 +26,9 @@ from .serving import SECONDS, Server, client_of, until
 
 STEP_TIMEOUT = 1.5
 START_TIMEOUT = 3.0
-START_SECONDS = 0.5
-"""About what it takes a group to start: a rank that is lost then may be doing anything."""
+NOT_AGAIN = "the engine could not be started again"
+START_SECONDS = 0.1
+"""Of each rank, less than it takes them to start: one that is lost then may be doing anything."""
 Stream = AsyncIterator[Any]
 
 
@@ -56,7 +57,7 @@ class Loss:
 class Outcome:
     loss: Loss
     noticed: float
-    """Seconds until the first client was told."""
+    """Seconds until the first client was told; of a start, those who ask are told at once."""
     back: float
     """Seconds until a request was answered again."""
     health: int
@@ -69,7 +70,7 @@ def losses(size: int, rounds: int) -> list[Loss]:
     kinds = [
         Loss(when, rank, number)
         for when, rank, number in itertools.product(
-            ("idle", "streaming", "starting"), range(size), (signal.SIGKILL, signal.SIGSTOP)
+            ("idle", "asked", "streaming", "starting"), range(size), (signal.SIGKILL, signal.SIGSTOP)
         )
     ]
     drawn: list[Loss] = []
@@ -119,7 +120,7 @@ async def lose(server: Server, client: openai.AsyncOpenAI, loss: Loss, right: st
         before[0].kill()
         await asyncio.to_thread(until, lambda: len(server.ranks) == len(before) and not set(before) & set(server.ranks))
         victims = server.ranks
-        await asyncio.sleep(moment * START_SECONDS)  # the moment is what is tested
+        await asyncio.sleep(moment * START_SECONDS * len(victims))  # the moment is what is tested
     began = time.monotonic()
     victims[loss.rank].send_signal(loss.signal)
     for task, is_stream in waiting:
@@ -128,8 +129,11 @@ async def lose(server: Server, client: openai.AsyncOpenAI, loss: Loss, right: st
         assert caught.value.body["message"] == loss.reason  # type: ignore[index]
         assert caught.value.body["code"] == "engine_down"  # type: ignore[index]
         assert is_stream or caught.value.status_code == 503  # type: ignore[attr-defined]
-    noticed = time.monotonic() - began if waiting else None
-    health = (await asyncio.to_thread(server.get, "/health"))[0] if waiting else 0
+    if loss.when == "idle":  # nobody asks it for anything
+        victim = victims[loss.rank]  # where this looks so seldom that it misses the 503, the rank is gone all the same
+        await asyncio.to_thread(until, lambda: server.get("/health")[0] == 503 or not victim.is_running())
+    noticed = time.monotonic() - began if waiting or loss.when == "idle" else None
+    health = 0 if noticed is None else (await asyncio.to_thread(server.get, "/health"))[0]
     while isinstance(found := await answer_or_refusal(client), openai.InternalServerError):
         if noticed is None:
             noticed = time.monotonic() - began
@@ -186,8 +190,8 @@ async def stop(server: Server) -> None:
     assert not any(process.is_running() for process in processes)
 
 
-async def survive(size: int, rounds: int) -> list[Outcome]:
-    """As many losses, one after another, of one server."""
+async def survive(size: int, rounds: int) -> tuple[list[Outcome], list[str]]:
+    """As many losses, one after another, of one server. -> what came of each, and the log."""
     server = serve(size)
     try:
         chance = random.Random(size)
@@ -206,27 +210,31 @@ async def survive(size: int, rounds: int) -> list[Outcome]:
     # It may be up again before it is asked.
     assert sum(outcome.health == 503 for outcome in outcomes) >= len(outcomes) / 2
     check_log(server.errors, size, rounds)
-    return outcomes
+    return outcomes, server.errors
 
 
 def check_log(lines: list[str], size: int, rounds: int) -> None:
     """For an operator: a line that says what happened, at most one more of each rank that lost others, and no more."""
     deaths = [line for line in lines if "ERROR the engine died: " in line]
-    others = [line for line in lines if "ERROR" in line and line not in deaths and "could not be started" not in line]
+    others = [line for line in lines if "ERROR" in line and line not in deaths and NOT_AGAIN not in line]
     assert rounds <= len(deaths) <= 2 * rounds
-    assert len(others) <= (size - 1) * len(deaths)
+    assert len(others) <= (size - 1) * 2 * rounds
     assert all(len(line) < 400 for line in lines)
     assert not [line for line in lines if "Traceback" in line or "[c10d]" in line]
 
 
 async def test_a_few_losses() -> None:
-    await survive(size=2, rounds=4)
+    await survive(size=2, rounds=5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "rounds"), [(2, 50), (4, 24)])
 async def test_many_losses(size: int, rounds: int) -> None:
-    outcomes = await survive(size, rounds)
+    outcomes, log = await survive(size, rounds)
+    starts = [outcome for outcome in outcomes if outcome.loss.when == "starting"]
+    failed = sum(NOT_AGAIN in line for line in log)
+    print(f"{size} ranks: {failed} of {len(starts)} ranks were lost before they had started")
+    assert failed >= len(starts) / 4
     for outcome in outcomes:
         loss = outcome.loss
         print(
