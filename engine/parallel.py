@@ -186,7 +186,8 @@ class TorchExchange:
         try:
             begin().wait()
         except RuntimeError as error:
-            raise GroupError(f"rank {self.rank}: another rank is gone, or does not answer ({error})") from error
+            why, _, _ = str(error).partition(". ")  # what comes after gives advice for other programs
+            raise GroupError(f"another rank is gone, or does not answer ({why})") from error
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -230,14 +231,14 @@ def join(place: Place, device: torch.device, *, beat: Callable[[], None], on_beg
         try:
             _meet(place, f"meeting {next(numbers)}", beat)
         except RuntimeError as error:
-            raise GroupError(f"rank {place.rank} waited for ranks that did not come ({error})") from error
+            raise GroupError(f"waited for ranks that did not come ({error})") from error
 
     numbers = itertools.count()
     meeting()
     try:
         backend = _backend(place, device)
     except RuntimeError as error:
-        raise GroupError(f"rank {place.rank} cannot reach the other ranks ({error})") from error
+        raise GroupError(f"cannot reach the other ranks ({error})") from error
     exchange = TorchExchange(backend, place.rank, place.size)
     return Ranks(place.rank, place.size, place.neighbours, exchange, meeting, on_begin)
 

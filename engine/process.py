@@ -125,7 +125,7 @@ def serve(link: Link, config: EngineConfig, seat: Seat) -> None:
     check_size(config, folder, seat.size)
     tell = leader_of(seat)
     tell(Begin(config))
-    progress = _ProgressReporter(link, pulse)
+    progress = _ProgressReporter(link, pulse, "loading weights" if seat.size == 1 else "loading rank 0's weights")
     runner = load_runner(config, folder, progress, tp=join_group(seat, config), tell=tell)
     give_cores_to_kernels(runner.device)
     vocabulary = load_vocabulary(folder)
@@ -201,9 +201,10 @@ def engine_info(config: EngineConfig, runner: ModelRunner) -> wire.EngineInfo:
 class _ProgressReporter:
     """Beats at each report; sends at most ten messages a second, and the last."""
 
-    def __init__(self, link: Link, pulse: Pulse) -> None:
+    def __init__(self, link: Link, pulse: Pulse, phase: str) -> None:
         self._link = link
         self._pulse = pulse
+        self._phase = phase
         self._next = 0.0
 
     def __call__(self, done: int, total: int) -> None:
@@ -211,7 +212,7 @@ class _ProgressReporter:
         now = time.monotonic()
         if now >= self._next or done >= total:
             self._next = now + PROGRESS_INTERVAL_SECONDS
-            self._link.send(wire.Progress("loading weights", done, total))
+            self._link.send(wire.Progress(self._phase, done, total))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def _store(seat: Seat, timeout: float) -> Any:
             master_listen_fd=listener,
         )
     except RuntimeError as error:
-        raise GroupError(f"rank {seat.rank} cannot reach rank 0 ({error})", (0,)) from error
+        raise GroupError(f"cannot reach rank 0 ({error})", (0,)) from error
 
 
 def give_cores_to_kernels(device: torch.device) -> None:

@@ -98,9 +98,15 @@ def follow(seat: Seat) -> int:
 
 
 def hang(seat: Seat, told: bytes) -> None:
-    """For ever; in an operation unless it is this rank that was told."""
+    """For ever; in an operation unless it is this rank that was told. "h" on the link says that all do."""
     if ord(told) - ord("A") != seat.rank:
         seat.pulse.operate()
+    if isinstance(seat.orders, Leader) and seat.link:
+        for end in seat.orders.ends:
+            end.recv(1)
+        seat.link.sendall(b"h")
+    elif isinstance(seat.orders, socket.socket):
+        seat.orders.sendall(b"h")
     signal.pause()
 
 

@@ -377,13 +377,17 @@ class Runner:
         if not self.left:
             raise ValueError("/a/path in serving")
         return self.runner.carry_out(order, last)
+def join_group(seat, config, join=worker.join_group):
+    if sys.argv[1] == "joining":
+        raise OSError("asked to join")
+    return join(seat, config)
 def load_runner(*arguments, tp, load=worker.load_runner):
     if sys.argv[1] == "loading" and tp.rank == 1:
         raise OSError("/a/path in loading")
     if sys.argv[1] == "refusing" and tp.rank == 1:
         raise process.PronkError("no, thanks")
     return Runner(load(*arguments, tp=tp))
-worker.load_runner = load_runner
+worker.load_runner, worker.join_group = load_runner, join_group
 connection = socket.socket(fileno=int(sys.argv[2]))
 connection.set_inheritable(False)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -443,8 +447,8 @@ async def test_what_all_ranks_meet_is_raised_by_its_own_name_and_logged_by_none(
         await AsyncEngine.start(replace(shared, model=str(damaged)))
     with pytest.raises(ConfigError, match="--max-model-len"):
         await AsyncEngine.start(replace(shared, max_model_len=10**6))
-    with pytest.raises(ConfigError, match="--tensor-parallel-size 3"):
-        await AsyncEngine.start(replace(shared, tensor_parallel_size=3))
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 3"):  # before the others are told anything
+        await AsyncEngine.start(replace(shared, tensor_parallel_size=3), spawn=failing("joining"))
     told = capfd.readouterr().err
     assert "Traceback" not in told
     assert "failed" not in told

@@ -181,6 +181,8 @@ def test_a_rank_that_was_stopped_while_all_wait_is_named(make_host: MakeHost, si
     host = make_host(PATIENCE)
     ranks = host.start(size)
     host.tell(b"Z")
+    assert host.link is not None
+    assert host.link.recv(1) == b"h"
     ranks[rank].send_signal(signal.SIGSTOP)
     assert host.receive() == GroupEnded(rank, f"rank {rank} did not answer for 0.5 s")
 
