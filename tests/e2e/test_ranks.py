@@ -90,6 +90,8 @@ def joined(told: list[tuple[str, Any]]) -> dict[str, str]:
             piece = value.get("content", "") + "".join(calls)
         elif name.endswith("logprobs"):
             piece = "".join(json.dumps(entry) for entry in value.get("content", ()))
+        elif name.endswith("token_ids"):
+            piece = "".join(f"{token} " for token in value)
         else:
             piece = json.dumps(value)
         whole[name] = whole.get(name, "") + piece
