@@ -28,7 +28,7 @@ from pronk.engine.grammar import Mask
 from pronk.engine.graphs import Capture, CudaCapture, StepGraphs, StepResult, stage
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
-from pronk.engine.model.split import split_of
+from pronk.engine.model.split import Split, check_groups, split_of
 from pronk.engine.orders import Array, Compute, Draw, Order, Prepare, Sample, Score
 from pronk.engine.parallel import ALONE, Collectives
 from pronk.engine.request import TokenLogprobs
@@ -40,7 +40,7 @@ from pronk.engine.weights.progress import track
 from pronk.engine.wire import RankShare
 from pronk.kernels import for_device
 from pronk.kernels.cpu.cores import default_threads
-from pronk.kernels.interface import Kernels, Queries, Samples, WeightFormat
+from pronk.kernels.interface import INT4_GROUP, Kernels, Queries, Samples, WeightFormat
 
 CPU_STEP_TOKENS = 128
 GPU_STEP_TOKENS = 4096
@@ -306,7 +306,7 @@ def load_runner(
     dtype = choose_dtype(config.dtype, checkpoint.config)
     kernels = choose_kernels(config, device, tp)
     weight_format = choose_weight_format(config.quantization, kernels)
-    split = split_of(checkpoint.config, tp.rank, tp.size)
+    split = choose_split(checkpoint.config, config.quantization, rank=tp.rank, size=tp.size)
     cache_dtype = choose_cache_dtype(config.cache.kv_cache_dtype, dtype, device)
     check_kernels(kernels, split.config, config.cache.block_size, dtype=dtype, cache_dtype=cache_dtype, device=device)
     with torch.inference_mode():
@@ -363,8 +363,17 @@ def check_size(config: EngineConfig, folder: Path, size: int) -> None:
     """Before anything is loaded: raises ConfigError where so many ranks cannot share the model in `folder`, or find no
     devices here, and CheckpointError where it cannot be read."""
     if size > 1:
-        split_of(open_checkpoint(folder, config.load_format, seed=config.seed or 0).config, 0, size)
+        checkpoint = open_checkpoint(folder, config.load_format, seed=config.seed or 0)
+        choose_split(checkpoint.config, config.quantization, size=size)
         choose_device(config.device, neighbours=size)
+
+
+def choose_split(model: LlamaConfig, quantization: str, *, rank: int = 0, size: int = 1) -> Split:
+    """Raises ConfigError for a number of ranks that the model cannot be dealt out to, int4's groups being left whole."""
+    split = split_of(model, rank, size)
+    if quantization == "int4":
+        check_groups(split, INT4_GROUP)
+    return split
 
 
 def share_of_memory(device: torch.device, tp: Collectives) -> int:

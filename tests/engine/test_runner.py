@@ -11,7 +11,7 @@ from pronk.engine.config import EngineConfig
 from pronk.engine.errors import ConfigError
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.request import Grammar, Request, SamplingParams
-from pronk.engine.runner import check_kernels, choose_kernels, draw_of
+from pronk.engine.runner import check_kernels, choose_kernels, choose_split, draw_of
 from pronk.engine.scheduler import Row
 from pronk.engine.sequence import Sequence
 from pronk.kernels import reference
@@ -26,37 +26,45 @@ def test_the_vendors_products_are_for_a_gpu() -> None:
         choose_kernels(EngineConfig(vendor_products=True), CPU)
 
 
+MODEL = LlamaConfig(
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=512,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=None,
+    max_position_embeddings=100,
+    tie_word_embeddings=True,
+    dtype="float32",
+    bos_token_id=None,
+    eos_token_ids=(1,),
+)
+
+
+def test_groups_of_int4_are_not_cut() -> None:
+    assert choose_split(MODEL, "none", size=4).config.intermediate_size == 16
+    assert choose_split(MODEL, "int4", size=2).config.intermediate_size == 32
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 4: the 64 inputs of o_proj .* choose 1 or 2"):
+        choose_split(MODEL, "int4", size=4)
+
+
 @pytest.mark.parametrize("operation", ["describe", "plan_attention"])
 def test_what_a_kernel_set_is_not_made_for_is_said_at_start(operation: str) -> None:
-    model = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=512,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling=None,
-        max_position_embeddings=100,
-        tie_word_embeddings=True,
-        dtype="float32",
-        bos_token_id=None,
-        eos_token_ids=(1,),
-    )
-
     def refuse(*args: object, **kwargs: object) -> None:
         raise ValueError("heads of 80: run this model on the CPU")
 
     for kernels in (CpuKernels(1), reference):
-        check_kernels(kernels, model, 16, dtype=torch.float32, cache_dtype=torch.float32, device=CPU)
+        check_kernels(kernels, MODEL, 16, dtype=torch.float32, cache_dtype=torch.float32, device=CPU)
         names = [name for name in dir(kernels) if not name.startswith("_")]
         refusing = SimpleNamespace(**{name: getattr(kernels, name) for name in names} | {operation: refuse})
         with pytest.raises(ConfigError, match="heads of 80: run this model on the CPU"):
             check_kernels(
                 refusing,  # type: ignore[arg-type]
-                model, 16, dtype=torch.float32, cache_dtype=torch.float32, device=CPU,
+                MODEL, 16, dtype=torch.float32, cache_dtype=torch.float32, device=CPU,
             )  # fmt: skip
 
 
