@@ -137,7 +137,7 @@ class ModelRunner:
         """Compute a step: keys and values of every row's tokens. Where that is all it takes, also the tokens that are
         sampled."""
         draw = draw_of([row for row in rows if row.samples])
-        order = self.deltas.compute(rows, draw if self.model.can_draw or draw == "largest" else "nothing")
+        order = self.deltas.compute(rows, draw if self.model.head.can_draw or draw == "largest" else "nothing")
         self.tell(order)
         return Forward(rows, self.compute(order))
 
@@ -154,7 +154,7 @@ class ModelRunner:
         else:
             rows = [_sample_row(row, masks.get(row.sequence)) for row in sampling]
             arrays = build(rows, self.model.config.vocab_size)
-            if self.model.tp.size > 1:
+            if self.model.tp.size > 1:  # the order is a copy of the arrays, which nobody would read
                 self.tell(sample_order(arrays))
             samples = self.sample(result, arrays)
         asked = [row.sequence.params.logprobs for row in sampling]
@@ -219,9 +219,9 @@ class ModelRunner:
         hidden = self.model.forward(token_ids, batch, self.cache)
         chosen = None
         if draw == "largest":
-            chosen = self.model.largest(hidden[batch.logit_rows])
+            chosen = self.model.head.largest(hidden[batch.logit_rows])
         elif batch.sampling is not None:
-            chosen = self.model.sample(hidden[batch.logit_rows], batch.sampling).token_ids
+            chosen = self.model.head.sample(hidden[batch.logit_rows], batch.sampling).token_ids
         if chosen is not None:
             self._keep(batch.to_slots, chosen)
         return StepResult(batch, hidden, chosen)
@@ -231,15 +231,15 @@ class ModelRunner:
         count = len(arrays.arrays["temperature"])
         with torch.inference_mode():
             hidden = result.hidden[result.batch.logit_rows[:count]]
-            samples = self.model.sample(hidden, arrays.batch(self.device))
+            samples = self.model.head.sample(hidden, arrays.batch(self.device))
             self._keep(result.batch.to_slots[:count], samples.token_ids)
         return samples
 
     def score(self, result: StepResult, order: Score) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Llama.logprobs`."""
+        """See `Head.logprobs`."""
         with torch.inference_mode():
             hidden = result.hidden[order.first : order.first + len(order.token_ids)]
-            return self.model.logprobs(hidden, torch.tensor(order.token_ids, device=self.device), order.top_n)
+            return self.model.head.logprobs(hidden, torch.tensor(order.token_ids, device=self.device), order.top_n)
 
     def _keep(self, slots: Tensor, tokens: Tensor) -> None:
         """slots, tokens int64 [R]: what the next step reads. A token that is none stands for a row that has failed."""

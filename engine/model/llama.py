@@ -19,7 +19,7 @@ from pronk.engine.model.rope import cos_sin_table
 from pronk.engine.model.split import Split
 from pronk.engine.model.vocabulary import Embedding, Head
 from pronk.engine.parallel import ALONE, Collectives
-from pronk.kernels.interface import Kernels, Samples, SamplingBatch, Weight, WeightFormat
+from pronk.kernels.interface import Kernels, Weight, WeightFormat
 
 # For names only: the model runs where nothing but torch and its kernels are installed.
 if TYPE_CHECKING:
@@ -78,23 +78,6 @@ class Llama:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H], rows of `forward`'s -> [R, V], or this rank's columns of it; see `Head.logits`."""
         return self.head.logits(hidden)
-
-    @property
-    def can_draw(self) -> bool:
-        """Whether `sample` waits for nothing but the device, and so can be part of a step."""
-        return self.tp.size == 1
-
-    def largest(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H], rows of `forward`'s -> int64 [R]: the most likely tokens; see `Head.largest`."""
-        return self.head.largest(hidden)
-
-    def sample(self, hidden: Tensor, batch: SamplingBatch) -> Samples:
-        """hidden [R, H], rows of `forward`'s -> their next tokens; see `Kernels.sample`."""
-        return self.head.sample(hidden, batch)
-
-    def logprobs(self, hidden: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [R, H], rows of `forward`'s, token_ids int64 [R] -> see `Kernels.logprobs`."""
-        return self.head.logprobs(hidden, token_ids, top_n)
 
     @property
     def nbytes(self) -> int:

@@ -49,6 +49,11 @@ class Head:
     weight: Weight
     """As the embedding's table."""
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether `sample` waits for nothing but the device, and so can be part of a step."""
+        return self.tp.size == 1
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, V], or this rank's columns of it: those of its tokens that exist. In hidden's dtype."""
         logits = self.kernels.linear(hidden, self.weight)
