@@ -320,18 +320,7 @@ def load_runner(
             weight_format=weight_format,
             tp=tp,
         )
-        plan = memory.plan_cache(
-            split.config,
-            config.cache,
-            dtype=cache_dtype,
-            device=device,
-            free_bytes=share_of_memory(device, tp),
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_model_len=config.max_model_len,
-        )
-        cache = memory.allocate(
-            split.config, plan.num_blocks, config.cache.block_size, dtype=cache_dtype, device=device
-        )
+        plan, cache = make_cache(config, split, dtype=cache_dtype, device=device, tp=tp)
         last_tokens = torch.zeros(config.scheduler.max_num_seqs + 1, dtype=torch.int64, device=device)
     default_tokens = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
     builder = BatchBuilder(
@@ -359,6 +348,23 @@ def load_runner(
     return with_graphs(runner, CudaCapture(), max_num_seqs=config.scheduler.max_num_seqs)
 
 
+def make_cache(
+    config: EngineConfig, split: Split, *, dtype: torch.dtype, device: torch.device, tp: Collectives
+) -> tuple[memory.CachePlan, memory.KVCache]:
+    """After the weights are loaded: this rank's part of a cache that is as long on all ranks. Raises ConfigError, and
+    GroupError."""
+    plan = memory.plan_cache(
+        split.config,
+        config.cache,
+        dtype=dtype,
+        device=device,
+        free_bytes=share_of_memory(device, tp),
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_model_len=config.max_model_len,
+    )
+    return plan, memory.allocate(split.config, plan.num_blocks, config.cache.block_size, dtype=dtype, device=device)
+
+
 def check_size(config: EngineConfig, folder: Path, size: int) -> None:
     """Before anything is loaded: raises ConfigError where so many ranks cannot share the model in `folder`, or find no
     devices here, and CheckpointError where it cannot be read."""
@@ -369,7 +375,7 @@ def check_size(config: EngineConfig, folder: Path, size: int) -> None:
 
 
 def choose_split(model: LlamaConfig, quantization: str, *, rank: int = 0, size: int = 1) -> Split:
-    """Raises ConfigError for a number of ranks that the model cannot be dealt out to, int4's groups being left whole."""
+    """Raises ConfigError for a number of ranks that the model cannot be dealt out to with int4's groups left whole."""
     split = split_of(model, rank, size)
     if quantization == "int4":
         check_groups(split, INT4_GROUP)

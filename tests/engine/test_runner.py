@@ -48,7 +48,7 @@ MODEL = LlamaConfig(
 def test_groups_of_int4_are_not_cut() -> None:
     assert choose_split(MODEL, "none", size=4).config.intermediate_size == 16
     assert choose_split(MODEL, "int4", size=2).config.intermediate_size == 32
-    with pytest.raises(ConfigError, match="--tensor-parallel-size 4: the 64 inputs of o_proj .* choose 1 or 2"):
+    with pytest.raises(ConfigError, match=r"--tensor-parallel-size 4: the 64 inputs of o_proj .* choose 1 or 2"):
         choose_split(MODEL, "int4", size=4)
 
 
