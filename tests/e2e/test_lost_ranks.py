@@ -105,6 +105,19 @@ async def drain(stream: Stream) -> None:
         continue
 
 
+def successors(server: Server, before: list[psutil.Process]) -> list[psutil.Process]:
+    """-> the ranks that come after these, when all of them have been forked."""
+    found: list[psutil.Process] = []
+
+    def are_there() -> bool:
+        nonlocal found
+        found = server.ranks  # looked at once: they come and go
+        return len(found) == len(before) and not set(before) & set(found)
+
+    until(are_there)
+    return found
+
+
 async def lose(server: Server, client: openai.AsyncOpenAI, loss: Loss, right: str, moment: float) -> Outcome:
     """right: what the question is answered. moment: between 0 and 1, of a start. -> what came of it."""
     waiting: list[tuple[asyncio.Task[Any], bool]] = []
@@ -116,10 +129,8 @@ async def lose(server: Server, client: openai.AsyncOpenAI, loss: Loss, right: st
         waiting = [(asyncio.create_task(drain(stream)), True), (whole, False)]
         await asyncio.to_thread(until, lambda: server.metric("pronk_requests_running") == 2)
     elif loss.when == "starting":
-        before = victims
-        before[0].kill()
-        await asyncio.to_thread(until, lambda: len(server.ranks) == len(before) and not set(before) & set(server.ranks))
-        victims = server.ranks
+        victims[0].kill()
+        victims = await asyncio.to_thread(successors, server, victims)
         await asyncio.sleep(moment * START_SECONDS * len(victims))  # the moment is what is tested
     began = time.monotonic()
     victims[loss.rank].send_signal(loss.signal)
