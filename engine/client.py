@@ -1,7 +1,7 @@
 """AsyncEngine: the engine as the server's process sees it. Has a group of processes run the model, and keeps one up.
 
 A group that dies takes its requests with it, each of which gets an error; then another is started, and again until one
-is up. Lives on one asyncio event loop. Knows no tensor and no text.
+is up, unless torchrun started it: then `gone` says so. Lives on one asyncio event loop. Knows no tensor and no text.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class AsyncEngine:
         self._listeners = listeners
         self._draining = False
         self._closing = False
+        self._gone = asyncio.Event()
         self._num_readers = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -119,13 +120,12 @@ class AsyncEngine:
         spawn: starts a host, now and whenever one has died. Raises what the engine met on its way up: CheckpointError
         and its kinds, ConfigError, EngineStartError. When it does, or is cancelled, no process is left.
         """
-        size = config.tensor_parallel_size
-        if size > 1 and sys.platform != "linux":
-            raise ConfigError(f"--tensor-parallel-size {size}: several processes share a model on Linux; leave it at 1")
+        if config.tensor_parallel_size > 1 and sys.platform != "linux":
+            raise ConfigError(f"--tensor-parallel-size {config.tensor_parallel_size}: several processes share a model on Linux; leave it at 1")
         host = spawn()
         listeners: list[Listener] = []
         try:
-            group = await host.start_group(size, config.start_timeout)
+            group = await host.start_group(_num_forked(config), config.start_timeout)
             conversation = await Conversation.start(group, config, listeners, on_progress)
         except BaseException:
             await host.close()
@@ -222,6 +222,10 @@ class AsyncEngine:
             await asyncio.wait_for(self._idle.wait(), timeout)
         return not self._num_readers
 
+    async def gone(self) -> None:
+        """Return when the group has died that torchrun started: who did so starts it again, all of it together."""
+        await self._gone.wait()
+
     async def close(self) -> None:
         """End every process, now. What still runs gets EngineDeadError."""
         self._closing = True
@@ -240,6 +244,9 @@ class AsyncEngine:
                 reason = await self._conversation.listen()
                 self._lose(reason)
                 if self._closing or self._draining:
+                    return
+                if self._config.position is not None:
+                    self._gone.set()
                     return
                 await self._start_again(reason)
         except Exception as error:  # a fault of ours: nobody may be left waiting because of it
@@ -260,7 +267,7 @@ class AsyncEngine:
                 if self._host.has_ended:
                     await self._host.close()
                     self._host = self._spawn()
-                group = await self._host.start_group(self.num_ranks, self._config.start_timeout)
+                group = await self._host.start_group(_num_forked(self._config), self._config.start_timeout)
                 self._conversation = await Conversation.start(group, self._config, self._listeners, _ignore)
             except (PronkError, OSError) as error:
                 logger.error("the engine could not be started again, the next try is in %g s: %s", delay, error)
@@ -272,6 +279,11 @@ class AsyncEngine:
                 self.error = None
                 logger.warning("the engine is up again, %.1f s after it died", time.monotonic() - lost)
                 return
+
+
+def _num_forked(config: EngineConfig) -> int:
+    """-> how many ranks the host is to fork. Those that torchrun started are there already, but for rank 0."""
+    return config.tensor_parallel_size if config.position is None else 1
 
 
 def _delays() -> Iterator[float]:

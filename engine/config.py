@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pronk.engine.errors import ConfigError
+from pronk.engine.torchrun import Position
 
 LOAD_FORMATS = ("auto", "safetensors", "pth", "dummy")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -184,6 +185,8 @@ class EngineConfig:
         flag="--start-timeout",
         metavar="SECONDS",
     )
+    position: Position | None = None
+    """Where this process stands in a group that torchrun has started. Not a flag."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
@@ -204,6 +207,11 @@ class EngineConfig:
             raise ConfigError(f"--cpu-threads {self.cpu_threads}: at least 1 thread must run the model")
         if self.tensor_parallel_size < 1:
             raise ConfigError(f"--tensor-parallel-size {self.tensor_parallel_size}: at least 1 rank must run the model")
+        if self.position is not None and self.position.size != self.tensor_parallel_size:
+            raise ConfigError(
+                f"--tensor-parallel-size {self.tensor_parallel_size}: torchrun has started {self.position.size} "
+                f"processes; write --tensor-parallel-size {self.position.size}, or start as many as you want ranks"
+            )
         if self.step_timeout is not None and not 1 <= self.step_timeout <= 86400:
             raise ConfigError(f"--step-timeout {self.step_timeout:g}: choose 1 to 86400 seconds")
         if not 1 <= self.start_timeout <= 86400:

@@ -51,7 +51,7 @@ class Group:
         self._verdict: GroupEnded | None = None
         self._give_up = 0.0
         self._looked = time.monotonic()
-        self._watches = [_Watch(seat.pulse) for seat in seats]
+        self._watches = {seat.rank: _Watch(seat.pulse) for seat in seats}
         try:
             for seat in seats:
                 self._living[seat.rank] = launch(seat, seats)
@@ -64,13 +64,18 @@ class Group:
         self.pids = list(self._living.values())
 
     @property
+    def codes(self) -> dict[int, int]:
+        """The exit codes of the ranks that have ended."""
+        return dict(self._codes)
+
+    @property
     def tick(self) -> float:
         """Seconds after which `look` wants to be called again, if no child ends before."""
         if self._verdict is not None:
             return max(0.0, self._give_up - time.monotonic())
         if self._codes:
             return BLAME_SECONDS
-        shortest = min(watch.patience(self._start_timeout) for watch in self._watches)
+        shortest = min(watch.patience(self._start_timeout) for watch in self._watches.values())
         return min(shortest / 8, LONGEST_TICK_SECONDS)
 
     def look(self) -> GroupEnded | None:
@@ -136,7 +141,7 @@ class Group:
         self._looked = now
         longest = 0.0
         silent = []
-        for rank, watch in enumerate(self._watches):
+        for rank, watch in self._watches.items():
             watch.look(elapsed)
             share = watch.silence / watch.patience(self._start_timeout)
             longest = max(longest, share)

@@ -8,9 +8,10 @@ answers is gone, and this process ends too. Knows messages and the core; no HTTP
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import select
-import signal
 import socket
 import sys
 import time
@@ -19,15 +20,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pronk.engine import wire
+from pronk.engine.company import Company, OneHost
 from pronk.engine.config import EngineConfig
 from pronk.engine.core import EngineCore
 from pronk.engine.errors import GroupError, PronkError
-from pronk.engine.orders import Begin, Order, Stop, encode
+from pronk.engine.leading import Leading
+from pronk.engine.orders import Begin, Stop
 from pronk.engine.request import Request, SamplingParams
-from pronk.engine.runner import ModelRunner, check_size, load_runner, tell_nobody
+from pronk.engine.runner import ModelRunner, check_size, load_runner
 from pronk.engine.seat import LOST_PEER, Pulse, Seat
 from pronk.engine.tokenizer import load_vocabulary
-from pronk.engine.worker import BEAT_SECONDS, follow, give_cores_to_kernels, join_group, ring_end, step_timeout
+from pronk.engine.worker import (
+    BEAT_SECONDS,
+    company_of,
+    follow,
+    give_cores_to_kernels,
+    join_group,
+    settle,
+    step_timeout,
+)
 
 PROGRESS_INTERVAL_SECONDS = 0.1
 
@@ -76,11 +87,8 @@ def main() -> int:
 def run_rank(seat: Seat) -> int:
     """-> exit code: 0 after a shutdown or when the server is gone, LOST_PEER when another rank is, 1 after a failure
     that was reported."""
-    # The server decides when to stop: a Ctrl-C or a SIGTERM to the whole group must not cut off what it drains.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    return follow(seat) if seat.link is None else lead(seat, Link(seat.link))
+    settle()
+    return follow(seat, OneHost(seat)) if seat.link is None else lead(seat, Link(seat.link))
 
 
 def lead(seat: Seat, link: Link) -> int:
@@ -119,19 +127,42 @@ def report(link: Link, error: Exception) -> int:
 
 
 def serve(link: Link, config: EngineConfig, seat: Seat) -> None:
-    """Load, say so, then receive, step and send until told to stop."""
-    folder, pulse = Path(config.model), seat.pulse
-    link.send(wire.Progress("starting"))
-    check_size(config, folder, seat.size)
-    tell = leader_of(seat)
-    tell(Begin(config))
-    progress = _ProgressReporter(link, pulse, "loading weights" if seat.size == 1 else "loading rank 0's weights")
-    runner = load_runner(config, folder, progress, tp=join_group(seat, config), tell=tell)
+    """Gather the ranks, load, say so, then receive, step and send until told to stop."""
+    try:
+        company = company_of(seat, config)
+        if company is not None:
+            check_size(config, Path(config.model), company.size, company.neighbours)
+        link.send(wire.Progress("starting" if config.position is None else "waiting for the other ranks"))
+        leading = Leading(None if company is None else company.lead(config.step_timeout or math.inf))
+        try:
+            lead_on(link, config, seat.pulse, company, leading)
+        except GroupError as error:
+            raise leading.blame(error) from error
+    except GroupError as error:
+        if config.position is not None:  # else the host of all ranks knows more
+            report(link, error)
+        raise
+
+
+def lead_on(link: Link, config: EngineConfig, pulse: Pulse, company: Company | None, leading: Leading) -> None:
+    """`serve`, from where the other ranks listen."""
+
+    def beat() -> None:
+        pulse.beat()
+        leading.keep()
+
+    folder = Path(config.model)
+    leading.tell(Begin(dataclasses.replace(config, position=None)))
+    tp = join_group(company, config, beat=beat, on_begin=pulse.operate)
+    progress = _ProgressReporter(link, beat, "loading weights" if tp.size == 1 else "loading rank 0's weights")
+    runner = load_runner(config, folder, progress, tp=tp, tell=leading.tell)
+    beat()
     give_cores_to_kernels(runner.device)
     vocabulary = load_vocabulary(folder)
+    beat()
     core = EngineCore(config, runner, vocabulary)
     link.send(wire.Progress("warming up"))
-    warm_up(core, pulse)
+    warm_up(core, beat)
     core = EngineCore(config, runner, vocabulary)  # the warm-up leaves no trace in counters and cache
     patience = step_timeout(config, runner.device.type)
     pulse.serve(patience)
@@ -140,7 +171,7 @@ def serve(link: Link, config: EngineConfig, seat: Seat) -> None:
     may_prepare = True
     while True:
         may_prepare = may_prepare and (core.has_work or core.prepare())
-        pulse.beat()
+        beat()
         for message in link.receive(wait=0.0 if core.has_work or may_prepare else idle):
             if isinstance(message, wire.Add):
                 core.add(message.request)
@@ -150,26 +181,18 @@ def serve(link: Link, config: EngineConfig, seat: Seat) -> None:
                 num_cached = core.num_cached(message.prompt, message.cache_salt)
                 link.send(wire.CachedCount(message.query, num_cached))
             elif isinstance(message, wire.Shutdown):
-                tell(Stop())
+                leading.tell(Stop())
                 return
         if core.has_work:
             outputs = core.step()
             link.send(wire.Step(outputs, core.stats))
 
 
-def leader_of(seat: Seat) -> Callable[[Order], None]:
-    """-> what tells the other ranks, if there are any. It raises GroupError when one is gone."""
-    if seat.size == 1:
-        return tell_nobody
-    leader = ring_end(seat).lead()
-    return lambda order: leader.send(encode(order))
-
-
-def warm_up(core: EngineCore, pulse: Pulse) -> None:
+def warm_up(core: EngineCore, beat: Callable[[], None]) -> None:
     """Make one token: what cannot do that must not be called ready."""
     core.add(Request(request_id="warm-up", prompt=[0], params=SamplingParams(temperature=0, max_tokens=1)))
     while core.has_work:
-        pulse.beat()
+        beat()
         for output in core.step():
             if output.finish_reason == "error":
                 raise PronkError(f"the model cannot make a token: {output.error}; are the weights damaged?")
@@ -201,14 +224,14 @@ def engine_info(config: EngineConfig, runner: ModelRunner) -> wire.EngineInfo:
 class _ProgressReporter:
     """Beats at each report; sends at most ten messages a second, and the last."""
 
-    def __init__(self, link: Link, pulse: Pulse, phase: str) -> None:
+    def __init__(self, link: Link, beat: Callable[[], None], phase: str) -> None:
         self._link = link
-        self._pulse = pulse
+        self._beat = beat
         self._phase = phase
         self._next = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        self._pulse.beat()
+        self._beat()
         now = time.monotonic()
         if now >= self._next or done >= total:
             self._next = now + PROGRESS_INTERVAL_SECONDS

@@ -365,13 +365,12 @@ def make_cache(
     return plan, memory.allocate(split.config, plan.num_blocks, config.cache.block_size, dtype=dtype, device=device)
 
 
-def check_size(config: EngineConfig, folder: Path, size: int) -> None:
-    """Before anything is loaded: raises ConfigError where so many ranks cannot share the model in `folder`, or find no
-    devices here, and CheckpointError where it cannot be read."""
-    if size > 1:
-        checkpoint = open_checkpoint(folder, config.load_format, seed=config.seed or 0)
-        choose_split(checkpoint.config, config.quantization, size=size)
-        choose_device(config.device, neighbours=size)
+def check_size(config: EngineConfig, folder: Path, size: int, neighbours: int) -> None:
+    """Before anything is loaded: raises ConfigError where so many ranks cannot share the model in `folder`, or those of
+    this host (`neighbours`) find no devices, and CheckpointError where it cannot be read."""
+    checkpoint = open_checkpoint(folder, config.load_format, seed=config.seed or 0)
+    choose_split(checkpoint.config, config.quantization, size=size)
+    choose_device(config.device, neighbours=neighbours)
 
 
 def choose_split(model: LlamaConfig, quantization: str, *, rank: int = 0, size: int = 1) -> Split:

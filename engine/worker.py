@@ -8,39 +8,59 @@ Rank 0 is `process`; it decides what a step holds, and what everybody does. Know
 from __future__ import annotations
 
 import logging
+import math
+import signal
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pronk.engine.channel import Follower
+from pronk.engine.company import Company, OneHost, SeveralHosts
 from pronk.engine.config import EngineConfig
-from pronk.engine.errors import GroupError, LeaderGone, PronkError
+from pronk.engine.errors import CheckpointNotFoundError, GroupError, LeaderGone, PronkError
 from pronk.engine.orders import Begin, Order, Stop, decode
-from pronk.engine.parallel import ALONE, Collectives, Place, join
-from pronk.engine.ring import RingEnd
+from pronk.engine.parallel import ALONE, Collectives, join
 from pronk.engine.runner import choose_device, load_runner
 from pronk.engine.seat import LOST_PEER, Pulse, Seat
+from pronk.engine.torchrun import Position
 
 BEAT_SECONDS = 0.25
 """The longest that a rank with nothing to do goes without a beat; a rank may count as hung after a second."""
 STEP_TIMEOUT_SECONDS = {"cuda": 60.0, "cpu": 600.0}
 """A GPU's slowest step is one whose kernels have to be compiled first. A CPU may read long prompts through billions of
 weights in one step, and `--max-num-batched-tokens` may make that longer still."""
-OUTLASTS = 2.0
-"""By so much a rank waits longer for others than the host waits for it: the host knows which of them hangs."""
-LOCALHOST = "127.0.0.1"
 
 log = logging.getLogger("pronk.engine")
 
 
-def follow(seat: Seat) -> int:
-    """-> exit code: 0 when rank 0 said that it is over, LOST_PEER when another rank is gone, 1 after a failure."""
+def settle() -> None:
+    """What every rank does first. The server decides when to stop: a Ctrl-C or a SIGTERM to the whole group must not cut
+    off what it drains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+
+
+def run_follower(config: EngineConfig, position: Position, seat: Seat) -> int:
+    """The life of a rank that torchrun started, with RANK above 0. -> exit code, as that of `follow`.
+
+    config: only its times count, until rank 0 has sent its own.
+    """
+    settle()
+    return follow(seat, SeveralHosts(position, config.start_timeout), config.step_timeout or math.inf)
+
+
+def follow(seat: Seat, company: Company, step_timeout: float = math.inf) -> int:
+    """step_timeout: as `Company.follow` wants it. -> exit code: 0 when rank 0 said that it is over, LOST_PEER when
+    another rank is gone, 1 after a failure."""
     try:
-        _follow(seat, ring_end(seat).follow())
-    except LeaderGone:
-        return LOST_PEER  # the host says how rank 0 ended
+        _follow(seat, company, company.follow(step_timeout))
+    except LeaderGone as error:
+        if company.size > company.neighbours:  # else whoever started rank 0 here says how it ended
+            log.error("rank %d: %s", seat.rank, error)
+        return LOST_PEER
     except GroupError as error:
         log.error("rank %d: %s", seat.rank, error)
         return LOST_PEER
@@ -60,20 +80,24 @@ def _last_words(error: Exception, *, is_serving: bool) -> str:
     return name if is_serving else f"{name}: {error}"
 
 
-def ring_end(seat: Seat) -> RingEnd:
-    """The rank's end of the ring that orders go through."""
-    if not isinstance(seat.orders, RingEnd):
-        raise PronkError(f"rank {seat.rank} of {seat.size} was given no end of a ring")
-    return seat.orders
+def company_of(seat: Seat, config: EngineConfig) -> Company | None:
+    """For rank 0: the others; None where there are none."""
+    if config.position is not None:
+        return SeveralHosts(config.position, config.start_timeout)
+    return None if seat.size == 1 else OneHost(seat)
 
 
-def _follow(seat: Seat, orders: Follower) -> None:
+def _follow(seat: Seat, company: Company, orders: Follower) -> None:
     begin = _next(orders, seat.pulse, BEAT_SECONDS)
     if not isinstance(begin, Begin):
         raise PronkError(f"the first order to rank {seat.rank} must be Begin, and is {type(begin).__name__}")
-    config = begin.config
-    tp = join_group(seat, config)
-    runner = load_runner(config, Path(config.model), lambda done, total: seat.pulse.beat(), tp=tp)
+    config, folder = begin.config, Path(begin.config.model)
+    if not folder.is_dir():
+        raise CheckpointNotFoundError(
+            f"{folder} is not on this host: the checkpoint must lie at the same path on each host of the group"
+        )
+    tp = join_group(company, config, beat=seat.pulse.beat, on_begin=seat.pulse.operate)
+    runner = load_runner(config, folder, lambda done, total: seat.pulse.beat(), tp=tp)
     give_cores_to_kernels(runner.device)
     patience = step_timeout(config, runner.device.type)
     last = None
@@ -92,41 +116,18 @@ def _next(orders: Follower, pulse: Pulse, idle: float) -> Order:
             return decode(message)
 
 
-def join_group(seat: Seat, config: EngineConfig) -> Collectives:
-    """Find the other ranks. -> the group, when all are there. Raises ConfigError and GroupError."""
-    if seat.size == 1:
+def join_group(
+    company: Company | None, config: EngineConfig, *, beat: Callable[[], None], on_begin: Callable[[], None]
+) -> Collectives:
+    """Find the other ranks. -> the group, when all are there. beat, on_begin: see `parallel.join`.
+
+    Raises ConfigError and GroupError.
+    """
+    if company is None:
         return ALONE
-    device = choose_device(config.device, rank=seat.rank, neighbours=seat.size)
-    place = Place(
-        rank=seat.rank,
-        size=seat.size,
-        neighbours=seat.size,
-        store=_store(seat, OUTLASTS * config.start_timeout),
-        address=LOCALHOST,
-        timeout=OUTLASTS * step_timeout(config, device.type),
-    )
-    return join(place, device, beat=seat.pulse.beat, on_begin=seat.pulse.operate)
-
-
-def _store(seat: Seat, timeout: float) -> Any:
-    """Where ranks leave each other their addresses: it lives in rank 0's process. Raises GroupError."""
-    from datetime import timedelta
-
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    listener = None if seat.store_listener is None else seat.store_listener.detach()
-    try:
-        return TCPStore(
-            LOCALHOST,
-            seat.store_port,
-            seat.size,
-            is_master=listener is not None,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-            master_listen_fd=listener,
-        )
-    except RuntimeError as error:
-        raise GroupError(f"cannot reach rank 0 ({error})", (0,)) from error
+    device = choose_device(config.device, rank=company.local_rank, neighbours=company.neighbours)
+    place = company.place(step_timeout=step_timeout(config, device.type), start_timeout=config.start_timeout)
+    return join(place, device, beat=beat, on_begin=on_begin)
 
 
 def give_cores_to_kernels(device: torch.device) -> None:

@@ -6,12 +6,14 @@ Imports little: what serves is imported when it is about to serve, so that --hel
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping, Sequence
 
 import pronk
 from pronk.engine.errors import ConfigError, PronkError
+from pronk.engine.torchrun import Position, position_of
 from pronk.server.config import ServerConfig
 from pronk.server.options import Parser, UsageError, add_options, assemble, options_of, unknown_flag, warnings_about
 
@@ -53,10 +55,25 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     for warning in warnings_about(environment, options):
         print(f"pronk: warning: {warning}", file=sys.stderr)
     config = assemble(ServerConfig, options, vars(known), environment)
+    position = position_of(environment)
+    if position is not None:
+        config = placed(config, position)
+        if position.rank > 0:
+            from pronk.engine.follower import follow_rank_0
+
+            return follow_rank_0(config.engine, position)
 
     from pronk.server.lifecycle import serve
 
     return serve(config)
+
+
+def placed(config: ServerConfig, position: Position) -> ServerConfig:
+    """-> the config of one of the processes that torchrun started. Raises ConfigError when they are too many or few."""
+    engine = dataclasses.replace(config.engine, position=position)
+    if position.size == 1:  # it is the only one: as if torchrun were not there
+        engine = config.engine
+    return dataclasses.replace(config, engine=engine)
 
 
 def _parsers() -> tuple[Parser, Parser]:

@@ -143,8 +143,8 @@ class Server:
                 logger.info("stopped while the model was loading")
                 return 0
             self._announce(model)
-            # A lost engine comes back by itself; until then the server stays, to say so to whoever asks.
-            await self._signals.first.wait()
+            if not await self._until_stopped(model.engine):
+                return 1
             return await self._drain(model.engine)
         finally:
             await self._end_http(answering)
@@ -162,6 +162,20 @@ class Server:
         finally:
             progress.close()
             await _cancel(loading, stopping)
+
+    async def _until_stopped(self, engine: Engine) -> bool:
+        """-> True when a signal came; False when the engine is gone and somebody else has to start it again.
+
+        Else a lost engine comes back by itself; until then the server stays, to say so to whoever asks.
+        """
+        stopping = asyncio.create_task(self._signals.first.wait())
+        going = asyncio.create_task(engine.gone())
+        await asyncio.wait((stopping, going), return_when=asyncio.FIRST_COMPLETED)
+        stopped = stopping.done()
+        await _cancel(stopping, going)
+        if not stopped:
+            logger.error("%s; this process ends, so that who started the ranks starts them again", engine.error)
+        return stopped
 
     def _announce(self, model: ServedModel) -> None:
         metrics: Metrics = self._app.state.metrics

@@ -377,10 +377,10 @@ class Runner:
         if not self.left:
             raise ValueError("/a/path in serving")
         return self.runner.carry_out(order, last)
-def join_group(seat, config, join=worker.join_group):
+def join_group(company, config, *, join=worker.join_group, **calls):
     if sys.argv[1] == "joining":
         raise OSError("asked to join")
-    return join(seat, config)
+    return join(company, config, **calls)
 def load_runner(*arguments, tp, load=worker.load_runner):
     if sys.argv[1] == "loading" and tp.rank == 1:
         raise OSError("/a/path in loading")

@@ -114,6 +114,7 @@ class FakeEngine:
         self.gate.set()
         self.hold_after: int | None = None
         self._changed = asyncio.Event()
+        self._gone = asyncio.Event()
         self._listeners: list[Callable[[Step], None]] = []
         self._draining = False
 
@@ -170,6 +171,14 @@ class FakeEngine:
         self.error = None
         self.restarts += 1
         self.stats = EngineStats(blocks_total=self.info.num_blocks)
+
+    def go(self, reason: str = "the engine died") -> None:
+        """For good."""
+        self.die(reason)
+        self._gone.set()
+
+    async def gone(self) -> None:
+        await self._gone.wait()
 
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109
         self._draining = True
