@@ -121,7 +121,10 @@ class AsyncEngine:
         and its kinds, ConfigError, EngineStartError. When it does, or is cancelled, no process is left.
         """
         if config.tensor_parallel_size > 1 and sys.platform != "linux":
-            raise ConfigError(f"--tensor-parallel-size {config.tensor_parallel_size}: several processes share a model on Linux; leave it at 1")
+            raise ConfigError(
+                f"--tensor-parallel-size {config.tensor_parallel_size}: several processes share a model on Linux; "
+                "leave it at 1"
+            )
         host = spawn()
         listeners: list[Listener] = []
         try:

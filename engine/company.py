@@ -54,7 +54,7 @@ class Company(Protocol):
         """How many ranks this host has."""
 
     def place(self, *, step_timeout: float, start_timeout: float) -> Place:
-        """For `parallel.join`. step_timeout, start_timeout: seconds after which a rank that does not get on is killed."""
+        """For `parallel.join`. step_timeout, start_timeout: seconds after which a rank that does nothing is killed."""
 
     def lead(self, step_timeout: float = math.inf) -> Leader:
         """Rank 0's end of the channel for orders, when all the others have come."""
@@ -183,7 +183,7 @@ class SeveralHosts:
 
     @functools.cached_property
     def _store(self) -> Any:
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         position = self._position
         hosts_it = position.rank == 0 and not position.has_store
@@ -196,7 +196,8 @@ class SeveralHosts:
     def _unreachable(self, error: Exception) -> GroupError:
         position = self._position
         return GroupError(
-            f"rank {position.rank} cannot reach {position.host}, port {position.port} ({error}): {STORE_PORT_HINT}", (0,)
+            f"rank {position.rank} cannot reach {position.host}, port {position.port} ({error}): {STORE_PORT_HINT}",
+            (0,),
         )
 
 

@@ -42,7 +42,7 @@ def position_of(environment: Mapping[str, str]) -> Position | None:
     rank, size, local_rank, neighbours, port = (
         _number(environment, name) for name in VARIABLES if name != "MASTER_ADDR"
     )
-    if size % max(neighbours, 1) or local_rank != rank % max(neighbours, 1):
+    if neighbours < 1 or size % neighbours or local_rank != rank % neighbours:
         raise ConfigError(
             f"RANK={rank}, LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={neighbours}: give torchrun the same "
             "--nproc-per-node on each host, and no --virtual-local-rank"

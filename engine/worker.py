@@ -36,8 +36,8 @@ log = logging.getLogger("pronk.engine")
 
 
 def settle() -> None:
-    """What every rank does first. The server decides when to stop: a Ctrl-C or a SIGTERM to the whole group must not cut
-    off what it drains."""
+    """What every rank does first. The server decides when to stop: a Ctrl-C or a SIGTERM to the whole group must not
+    cut off what it drains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a cable between them, and processes that torchrun starts in each."""
+"""Two hosts on one machine: network namespaces, a cable between them, and processes that torchrun starts in each."""
 
 from __future__ import annotations
 
@@ -107,9 +107,10 @@ class Ranks:
     def __init__(self, host: Host, number: int, model: Path, *flags: str) -> None:
         self.lines: list[str] = []
         self.process = host.run(
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank",
-            str(number), "--master-addr", ADDRESSES[0], "--master-port", str(MASTER_PORT), "-m", "pronk", "serve",
-            str(model), "--tensor-parallel-size", "2", "--port", str(PORT), *flags,
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+            "--node-rank", str(number), "--master-addr", ADDRESSES[0], "--master-port", str(MASTER_PORT),
+            "--shutdown-timeout", str(SECONDS), "-m", "pronk", "serve", str(model),
+            "--tensor-parallel-size", "2", "--port", str(PORT), *flags,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -1,4 +1,4 @@
-"""A model shared by ranks on two hosts, which torchrun starts: real servers, real torchrun, a network that can be cut."""
+"""A model shared by ranks on two hosts, which torchrun starts: real servers, a real torchrun, a network that is cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ CHATS: tuple[dict[str, Any], ...] = (
     {"max_tokens": 24, "temperature": 1.0, "seed": 7, "logprobs": True},
     {"max_tokens": 24, "temperature": 0.8, "seed": 8, "top_p": 0.9, "presence_penalty": 0.5},
 )
-LONG = {"stream": True, "max_tokens": 1900, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +62,9 @@ class Group:
             assert ranks.process.poll() is None, ranks.output
         return self.client.is_ready()
 
-    def begin(self) -> tuple[http.client.HTTPResponse, Iterator[dict[str, Any]]]:
+    def begin(self, max_tokens: int = 1900) -> tuple[http.client.HTTPResponse, Iterator[dict[str, Any]]]:
         """-> a stream that has begun, and what follows."""
-        reply = self.client.ask(**LONG)
+        reply = self.client.ask(stream=True, max_tokens=max_tokens, ignore_eos=True)
         assert reply.status == 200
         stream = events(reply)
         for event in stream:
@@ -168,7 +167,7 @@ def test_a_killed_server_ends_the_followers(group: Group) -> None:
 
 def test_a_stop_of_all_lets_running_requests_finish(group: Group) -> None:
     """As when Kubernetes deletes the group: every torchrun gets SIGTERM, and passes it on."""
-    reply, stream = group.begin()
+    reply, stream = group.begin(max_tokens=300)
     for ranks in group.ranks:
         ranks.process.terminate()
     *_, last = stream

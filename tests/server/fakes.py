@@ -172,9 +172,9 @@ class FakeEngine:
         self.restarts += 1
         self.stats = EngineStats(blocks_total=self.info.num_blocks)
 
-    def go(self, reason: str = "the engine died") -> None:
-        """For good."""
-        self.die(reason)
+    def go(self) -> None:
+        """They are gone for good."""
+        self.die()
         self._gone.set()
 
     async def gone(self) -> None:

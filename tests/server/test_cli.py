@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pronk.engine.config import EngineConfig
 from pronk.engine.errors import ConfigError
+from pronk.engine.torchrun import Position
 from pronk.server import cli
 from pronk.server.config import ServerConfig
 from pronk.server.options import assemble, options_of, warnings_about
@@ -160,6 +162,71 @@ def test_what_kubernetes_sets_is_not_taken_for_ours(capsys: pytest.CaptureFixtur
     assert config_of("", **links).port == 8000
     assert len(list(warnings_about(links, OPTIONS))) == 1
     assert "enableServiceLinks: false" in capsys.readouterr().err
+
+
+TORCHRUN = {
+    "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+}  # fmt: skip
+
+
+def test_rank_0_of_torchrun_serves_and_knows_its_position() -> None:
+    config = config_of("--tensor-parallel-size 4 --port 9", **TORCHRUN)
+    position = config.engine.position
+    assert position is not None
+    assert (position.rank, position.size, position.neighbours, position.port) == (0, 4, 2, 29500)
+    assert config.port == 9
+    alone = {**TORCHRUN, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    assert config_of("", **alone) == ServerConfig()
+
+
+def test_another_rank_of_torchrun_follows_and_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed: list[tuple[object, int]] = []
+
+    def follow(config: EngineConfig, position: Position) -> int:
+        followed.append((config.step_timeout, position.rank))
+        return 7
+
+    monkeypatch.setattr("pronk.engine.follower.follow_rank_0", follow)
+    environment = {**TORCHRUN, "RANK": "3", "LOCAL_RANK": "1"}
+    assert cli.main(["serve", "--tensor-parallel-size", "4", "--step-timeout", "9"], environment) == 7
+    assert followed == [(9.0, 3)]
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+@pytest.mark.parametrize("flags", ["", "--tensor-parallel-size 2"])
+def test_torchrun_and_the_flag_must_agree(flags: str, rank: str, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = {**TORCHRUN, "RANK": rank, "LOCAL_RANK": str(int(rank) % 2)}
+    assert cli.main(["serve", *flags.split()], environment) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "torchrun has started 4 processes; write --tensor-parallel-size 4" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"RANK": "one"}, "RANK 'one'"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "the same --nproc-per-node on each host"),
+        ({"RANK": "2", "LOCAL_RANK": "1"}, "the same --nproc-per-node on each host"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "the same --nproc-per-node on each host"),
+    ],
+)
+def test_what_torchrun_cannot_have_said_is_one_sentence(
+    changes: dict[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "--tensor-parallel-size", "4"], {**TORCHRUN, **changes}) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_few_of_torchruns_variables_mean_nothing() -> None:
+    del (environment := dict(TORCHRUN))["LOCAL_RANK"]
+    assert config_of("", **environment) == ServerConfig()
+
+
+def test_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "pronk", "--version"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.startswith("pronk 0.")
 
 
 def test_names_of_models(tmp_path: Path) -> None:

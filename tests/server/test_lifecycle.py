@@ -123,6 +123,22 @@ async def test_a_server_that_is_stopped_while_its_engine_is_down_says_so_by_its_
     assert line.startswith("stopped while the engine was down")
 
 
+async def test_a_server_whose_engine_is_gone_for_good_tells_its_clients_and_ends(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    running = start()
+    await running.until_ready()
+    running.engine.gate.clear()
+    call = asyncio.create_task(running.chat(stream=True))
+    await running.engine.until(lambda: bool(running.engine.running))
+    running.engine.go()
+    status, body = await call
+    assert (status, json.loads(body)["error"]["code"]) == (503, "engine_down")
+    assert await running.code() == 1
+    assert running.engine.closed == 1
+    assert any("killed by signal 9; this process ends" in record.message for record in caplog.records)
+
+
 async def test_an_engine_that_cannot_start_ends_the_server(start: Start) -> None:
     running = start()
     running.failure = CheckpointNotFoundError("no such folder")
