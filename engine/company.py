@@ -10,7 +10,6 @@ Knows stores, channels and addresses; not what goes through them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import ipaddress
 import math
 import secrets
@@ -120,6 +119,7 @@ class SeveralHosts:
         self.neighbours = position.neighbours
         self._position = position
         self._patience = SHARE * start_timeout
+        self._opened: Any = None
 
     def place(self, *, step_timeout: float, start_timeout: float) -> Place:
         """See `Company`. Raises ConfigError where the other hosts would not reach this one."""
@@ -129,19 +129,20 @@ class SeveralHosts:
             rank=position.rank,
             size=position.size,
             neighbours=position.neighbours,
-            store=self._store,
-            address=self._address,
+            store=self._store(),
+            address=self._address(),
             timeout=SHARE * step_timeout,
         )
 
     def lead(self, step_timeout: float = math.inf) -> Leader:
         """See `Company`. Raises ConfigError where the other hosts would not reach this one."""
-        listener = listen((self._address, 0))
+        address = self._address()
+        listener = listen((address, 0))
         token = secrets.token_hex(16)
         with contextlib.ExitStack() as undo:
             undo.callback(listener.close)
             try:
-                self._store.set(ORDERS_KEY, f"{self._address} {listener.getsockname()[1]} {token}")
+                self._store().set(ORDERS_KEY, f"{address} {listener.getsockname()[1]} {token}")
             except RuntimeError as error:
                 raise self._unreachable(error) from error
             undo.pop_all()
@@ -156,14 +157,13 @@ class SeveralHosts:
     def follow(self, step_timeout: float = math.inf) -> Follower:
         """See `Company`."""
         try:
-            self._store.wait([ORDERS_KEY], timedelta(seconds=self._patience))
-            host, port, token = self._store.get(ORDERS_KEY).decode().split()
+            self._store().wait([ORDERS_KEY], timedelta(seconds=self._patience))
+            host, port, token = self._store().get(ORDERS_KEY).decode().split()
         except RuntimeError as error:
             raise GroupError(f"rank {self._position.rank} waited for rank 0, which did not come", (0,)) from error
         silence = max(SHORTEST_SILENCE_SECONDS, min(SILENCE_SECONDS, step_timeout))
         return SocketFollower((host, int(port)), self._position.rank, token, patience=self._patience, silence=silence)
 
-    @functools.cached_property
     def _address(self) -> str:
         """This host's, as the others reach it: the one from which it reaches the store."""
         position = self._position
@@ -181,8 +181,13 @@ class SeveralHosts:
             )
         return address
 
-    @functools.cached_property
     def _store(self) -> Any:
+        """Opened once: where rank 0 keeps it, it lives as long as this object."""
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> Any:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         position = self._position
