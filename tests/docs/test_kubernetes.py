@@ -82,6 +82,7 @@ def test_only_the_leader_is_asked() -> None:
     assert not any("Probe" in name for name in follower)
     labels = TEMPLATE["leaderTemplate"]["metadata"]["labels"]
     assert SERVICE["spec"]["selector"] == labels
+    assert SERVICE["metadata"]["name"] != GROUP["metadata"]["name"], "the controller makes one of that name"
     assert TEMPLATE["workerTemplate"]["metadata"]["labels"] != labels
 
 
