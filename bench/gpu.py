@@ -23,6 +23,7 @@ from typing import Any
 
 import gpu_checks
 import gpu_device
+import gpu_ranks
 import gpu_times
 import torch
 from gpu_times import Row
@@ -186,6 +187,15 @@ def _parts(gpu: Any, device: Any, report: Report, seed: int, *, dry: bool) -> di
 
         return part
 
+    def ranks(deadline: float) -> None:
+        """Sums over two GPUs, where there are two."""
+        del deadline
+        for found in gpu_ranks.ranks(dry=dry):
+            if "check" in found:
+                report.add_check(*found["check"])
+            else:
+                report.add_row(Row("ranks", *found["row"]))
+
     def vendor(deadline: float) -> None:
         """What batch invariance costs: the same steps with torch's own products."""
         from pronk.kernels.gpu import vendor as products
@@ -205,6 +215,8 @@ def _parts(gpu: Any, device: Any, report: Report, seed: int, *, dry: bool) -> di
     order = ("steps", "sampler", "decode-attention", "products", "prefill-attention")
     parts |= {name: timed(gpu_times.TIMED[name]) for name in order}
     parts["vendor"] = vendor
+    parts["one-rank"] = checks(gpu_ranks.alone)
+    parts["ranks"] = ranks
     return parts
 
 
