@@ -1,15 +1,14 @@
 """How the leader of a tensor-parallel group (rank 0) tells its followers what to compute: the face of every channel.
 
 A message is bytes. All followers get all messages, each once and in order. `engine/ring.py` carries them on one host,
-`engine/sockets.py` between hosts, and `Orders` makes one leader of several. Does not know what a message says.
+`engine/sockets.py` between hosts. Does not know what a message says.
 
 An empty message is a sign of life: it goes the way of the others, and `receive` does not return it.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
 from pronk.engine.errors import GroupError
@@ -44,47 +43,6 @@ class Follower(Protocol):
 
     def close(self) -> None:
         """The leader learns that this rank is gone."""
-
-
-class Orders:
-    """One leader that is made of several, as followers by a ring and followers by sockets.
-
-    They are served one after the other: those that are furthest away should come first.
-    """
-
-    def __init__(self, leaders: Sequence[Leader]) -> None:
-        self._leaders = list(leaders)
-
-    def send(self, message: bytes | memoryview) -> None:
-        """As Leader.send: a fault of one is raised after all have been served."""
-        faults = []
-        for leader in self._leaders:
-            try:
-                leader.send(message)
-            except GroupError as error:
-                faults.append(error)
-        raise_faults(faults)
-
-    def check(self) -> None:
-        """As Leader.check."""
-        faults = []
-        for leader in self._leaders:
-            try:
-                leader.check()
-            except GroupError as error:
-                faults.append(error)
-        raise_faults(faults)
-
-    def close(self) -> None:
-        for leader in self._leaders:
-            leader.close()
-
-
-def raise_faults(faults: Sequence[GroupError]) -> None:
-    """Raise one error that says what all of them say; nothing if there are none."""
-    if faults:
-        ranks = itertools.chain.from_iterable(fault.ranks for fault in faults)
-        raise GroupError("; ".join(str(fault) for fault in faults), ranks)
 
 
 def raise_gone(reasons: Mapping[int, str]) -> None:

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from pronk.engine.channel import Follower, Leader, Orders
+from pronk.engine.channel import Follower, Leader
 from pronk.engine.errors import GroupError, LeaderGone
 from pronk.engine.ring import Ring, RingFollower, RingLeader, make_ring
 from pronk.engine.sockets import LENGTH, MAX_STRANGERS, Address, SocketFollower, SocketLeader, listen
@@ -658,47 +658,3 @@ def test_a_follower_that_is_early_tries_again(pool: ThreadPoolExecutor, monkeypa
 def test_an_address_that_cannot_be_listened_on_is_named() -> None:
     with listen(("127.0.0.1", 0)) as taken, pytest.raises(GroupError, match=r"cannot listen .* on 127\.0\.0\.1:"):
         listen(taken.getsockname())
-
-
-# Several leaders in one.
-
-
-def test_orders_go_to_everybody(pool: ThreadPoolExecutor) -> None:
-    remote, (far,) = joined(pool, [2])
-    ring_leader, (near,) = ends(make_ring(1))
-    orders = Orders([remote, ring_leader])
-    orders.send(b"hello")
-    assert near.receive(LONG) == far.receive(LONG) == b"hello"
-    orders.check()
-    far.close()
-    with pytest.raises(GroupError, match=r"^rank 2 "):
-        checked_until_it_fails(orders)
-    with pytest.raises(GroupError, match=r"^rank 2 "):
-        orders.send(b"bye")
-    assert near.receive(LONG) == b"bye"
-    remote.close()
-    close_all(ring_leader, [near])
-
-
-def test_orders_tell_the_faults_of_all() -> None:
-    class Broken:
-        def __init__(self, rank: int) -> None:
-            self.rank = rank
-
-        def send(self, message: bytes | memoryview) -> None:
-            self.check()
-
-        def check(self) -> None:
-            raise GroupError(f"rank {self.rank} has ended", [self.rank])
-
-        def close(self) -> None:
-            self.rank = -1
-
-    parts = [Broken(5), Broken(2)]
-    orders = Orders(parts)
-    for fails in (lambda: orders.send(b""), orders.check):
-        with pytest.raises(GroupError, match=r"^rank 5 has ended; rank 2 has ended$") as caught:
-            fails()
-        assert caught.value.ranks == (2, 5)
-    orders.close()
-    assert [part.rank for part in parts] == [-1, -1]
