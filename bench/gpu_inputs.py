@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from pronk.engine.model import llama as llama_model
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.model.rope import cos_sin_table
 from pronk.engine.model.split import split_of
+from pronk.engine.parallel import ALONE, Collectives
+from pronk.engine.weights.cut import part_of
 from pronk.kernels.interface import LayerCache, Queries, SamplingBatch
 
 BLOCK_SIZE = 16
@@ -117,9 +120,15 @@ def cache(
 
 
 def random_model(
-    gpu: Any, llama: LlamaConfig, where: torch.device, format: str, *, num_positions: int
+    gpu: Any,
+    llama: LlamaConfig,
+    where: torch.device,
+    format: str,
+    *,
+    num_positions: int,
+    tp: Collectives = ALONE,
 ) -> llama_model.Llama:
-    """Weights of the family's spread."""
+    """Weights of the family's spread: the same model in every process, and of it what the rank has."""
     hidden, width, head_dim = llama.hidden_size, llama.intermediate_size, llama.head_dim
     q_width, kv_width = llama.num_attention_heads * head_dim, llama.num_key_value_heads * head_dim
     layer_shapes = {
@@ -137,19 +146,24 @@ def random_model(
     if not llama.tie_word_embeddings:
         shapes["lm_head.weight"] = (llama.vocab_size, hidden)
 
-    def make(shape: tuple[int, ...]) -> Tensor:
+    split = split_of(llama, tp.rank, tp.size)
+
+    def make(name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
             return torch.ones(shape, device=where, dtype=torch.bfloat16)
-        return torch.randn(shape, device=where, dtype=torch.bfloat16).mul_(0.02)
+        source = torch.Generator(where).manual_seed(zlib.crc32(name.encode()))
+        whole = torch.randn(shape, device=where, dtype=torch.bfloat16, generator=source).mul_(0.02)
+        return part_of(whole, split.cut(name))
 
     return llama_model.load(
-        split_of(llama, 0, 1),
+        split,
         gpu,
-        ((name, make(shape)) for name, shape in shapes.items()),
+        ((name, make(name, shape)) for name, shape in shapes.items()),
         dtype=torch.bfloat16,
         device=where,
         num_positions=num_positions,
         weight_format=format,  # type: ignore[arg-type]
+        tp=tp,
     )
 
 
