@@ -10,7 +10,7 @@ Promise 1: a row of any result depends on that row of the inputs alone: not on T
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -176,8 +176,10 @@ class Kernels(Protocol):
     def describe(self, dtype: torch.dtype) -> str:
         """In words, for the table at start: what runs the products and the attention for this dtype."""
 
-    def pack(self, weight: Tensor, format: WeightFormat = "plain") -> Weight:
-        """weight [N, K], as a checkpoint stores it -> the form that `linear` reads. May keep or copy it.
+    def pack(self, weight: Tensor | Sequence[Tensor], format: WeightFormat = "plain") -> Weight:
+        """weight [N, K], as a checkpoint stores it -> the form that `linear` reads. May keep or copy it. One
+        in parts [N', K], each below the one before, is copied from the host's memory, so parts may be views of a file
+        that is closed afterwards; a single part on a device may be kept.
 
         Rounding to a scaled format is to the nearest, ties to even. Raises ValueError for a format that the set does
         not have, or that does not divide K.

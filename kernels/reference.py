@@ -6,6 +6,7 @@ oracle for the others). Not made to be fast, nor row-invariant beyond what torch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +39,9 @@ def describe(dtype: torch.dtype) -> str:
     return f"reference (plain torch, {dtype})"
 
 
-def pack(weight: Tensor, format: WeightFormat = "plain") -> Weight:
+def pack(weight: Tensor | Sequence[Tensor], format: WeightFormat = "plain") -> Weight:
     """See `Kernels.pack`. Scaled formats keep one number in each element of `data`; a fast set packs them closer."""
+    weight = whole(weight)
     num_out, num_in = weight.shape
     if format == "plain":
         return Weight(num_out, num_in, weight)
@@ -53,6 +55,15 @@ def pack(weight: Tensor, format: WeightFormat = "plain") -> Weight:
     scaled = (grouped / scales.unsqueeze(-1)).clamp(-largest, largest).view(num_out, num_in)
     data = scaled.to(torch.float8_e4m3fn) if format == "fp8" else scaled.round().to(torch.int8)
     return Weight(num_out, num_in, data, format, scales if format == "int4" else scales.squeeze(-1))
+
+
+def whole(weight: Tensor | Sequence[Tensor]) -> Tensor:
+    """A weight that may come in parts; see `Kernels.pack` for what is copied."""
+    if isinstance(weight, Tensor):
+        return weight
+    if len(weight) == 1 and weight[0].device.type != "cpu":
+        return weight[0]
+    return torch.cat(list(weight))
 
 
 def unpack(weight: Weight) -> Tensor:

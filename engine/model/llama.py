@@ -7,7 +7,7 @@ outputs are added where attention and MLP close. Knows tensors and a paged cache
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from pronk.engine.model.rope import cos_sin_table
 from pronk.engine.model.split import Split
 from pronk.engine.model.vocabulary import Embedding, Head
 from pronk.engine.parallel import ALONE, Collectives
+from pronk.engine.weights.names import EMBEDDING, HEAD
 from pronk.kernels.interface import Kernels, Weight, WeightFormat
 
 # For names only: the model runs where nothing but torch and its kernels are installed.
@@ -83,8 +84,8 @@ class Llama:
     def nbytes(self) -> int:
         """Memory of all weights on this rank, a head that shares the embedding's counted once."""
         tensors, weights = [self.norm, self.cos_sin], [self.head.weight]
-        if isinstance(self.embedding.table, Tensor):
-            tensors.append(self.embedding.table)
+        if self.embedding.table is not self.head.weight:
+            weights.append(self.embedding.table)
         for layer in self.layers:
             tensors += [layer.input_norm, layer.post_attention_norm]
             weights += [layer.qkv, layer.o, layer.gate_up, layer.down]
@@ -120,12 +121,25 @@ def load(
     has is in memory once. num_positions: how far the rotary table reaches. weight_format: of the linear layers; an int4
     model's head is int8, since errors in it are errors in the answer.
     """
+    config = split.model
+    head_format: WeightFormat = "int8" if weight_format == "int4" else weight_format
     singles: dict[str, Tensor] = {}
+    ends: dict[str, Weight] = {}
     weights: dict[tuple[int, str], Weight] = {}
     parts: dict[tuple[int, str], dict[int, Tensor]] = {}
+    # Nothing here keeps a tensor once it is packed: what was read of its file would stay in memory.
     for name, tensor in tensors:
         layer, _, rest = name.removeprefix("model.layers.").partition(".")
         place = _PLACES.get(rest.removesuffix(".weight"))
+        if name in (EMBEDDING, HEAD):
+            ends |= _pack_end(
+                kernels,
+                name,
+                _padded(tensor.to(device, dtype), split.vocab_per_rank),
+                head_format,
+                is_tied=config.tie_word_embeddings,
+            )
+            continue
         if place is None:
             singles[name] = tensor.to(device, dtype, copy=True)
             continue
@@ -133,21 +147,15 @@ def load(
         waiting = parts.setdefault((int(layer), product), {})
         waiting[index] = tensor
         if len(waiting) == _PARTS[product]:
-            rows = [waiting[i].to(device, dtype) for i in range(_PARTS[product])]
-            weights[int(layer), product] = kernels.pack(torch.cat(rows), weight_format)
             del parts[int(layer), product]
-    config = split.model
-    embedding = _padded(singles.pop("model.embed_tokens.weight"), split.vocab_per_rank)
-    head = kernels.pack(
-        embedding if config.tie_word_embeddings else _padded(singles.pop("lm_head.weight"), split.vocab_per_rank),
-        "int8" if weight_format == "int4" else weight_format,
-    )
-    shared = config.tie_word_embeddings and weight_format == "plain"
+            weights[int(layer), product] = kernels.pack(
+                [waiting.pop(i).to(device, dtype) for i in range(_PARTS[product])], weight_format
+            )
     return Llama(
         split=split,
         kernels=kernels,
         tp=tp,
-        embedding=Embedding(kernels, tp, split, head if shared else embedding),
+        embedding=Embedding(kernels, tp, split, ends[EMBEDDING]),
         layers=[
             Layer(
                 input_norm=singles[f"model.layers.{i}.input_layernorm.weight"],
@@ -160,11 +168,24 @@ def load(
             for i in range(config.num_hidden_layers)
         ],
         norm=singles["model.norm.weight"],
-        head=Head(kernels, tp, split, head),
+        head=Head(kernels, tp, split, ends[HEAD]),
         cos_sin=cos_sin_table(config, num_positions).to(device),
     )
 
 
-def _padded(rows: Tensor, count: int) -> Tensor:
-    """rows [n, H], n up to count -> [count, H], zeros after them."""
-    return rows if len(rows) == count else torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])])
+def _pack_end(
+    kernels: Kernels, name: str, table: Sequence[Tensor], head_format: WeightFormat, *, is_tied: bool
+) -> dict[str, Weight]:
+    """name: EMBEDDING or HEAD; table: its rows, in parts. -> the weights that are made of it, by their names: a tied
+    head is made of the embedding, and is the embedding where it is not rounded."""
+    if name == HEAD:
+        return {HEAD: kernels.pack(table, head_format)}
+    embedding = kernels.pack(table)
+    if not is_tied:
+        return {EMBEDDING: embedding}
+    return {EMBEDDING: embedding, HEAD: embedding if head_format == "plain" else kernels.pack(table, head_format)}
+
+
+def _padded(rows: Tensor, count: int) -> list[Tensor]:
+    """rows [n, H], n up to count -> [count, H] in parts, zeros after them."""
+    return [rows] if len(rows) == count else [rows, rows.new_zeros(count - len(rows), rows.shape[1])]

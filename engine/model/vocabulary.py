@@ -25,7 +25,7 @@ class Embedding:
     kernels: Kernels
     tp: Collectives
     split: Split
-    table: Tensor | Weight
+    table: Weight
     """[V, H]: the head itself, where both are one and neither is rounded. Of several ranks each has vocab_per_rank
     rows, zero where there is no token."""
 

@@ -69,16 +69,15 @@ class HuggingFaceCheckpoint:
         return stored_bytes(self.stored, cut)
 
     def tensors(self, cut: Cuts = whole) -> Iterator[tuple[str, Tensor]]:
-        """File by file, each mapped into memory and read tensor by tensor in the order of the forward pass.
+        """File by file, in the order of the forward pass. Rows stay mapped, columns are copied.
 
-        Rows stay mapped, columns are copied.
+        A file is mapped anew for each tensor (0.2 ms): what was read of it would stay in memory as long as its map.
         """
         names = list(expected_tensors(self.config))
         for file in sorted({tensor.file for tensor in self.stored.values()}):
-            with _open(file) as content:
-                for name in names:
-                    if self.stored[name].file == file:
-                        yield name, _read(file, content, name, cut(name))
+            for name in names:
+                if self.stored[name].file == file:
+                    yield name, _read(file, name, cut(name))
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
@@ -157,9 +156,10 @@ def _open(file: Path) -> Any:
         raise CheckpointNotFoundError(f"{file} cannot be read: {error}") from error
 
 
-def _read(file: Path, content: Any, name: str, cut: Cut | None) -> Tensor:
+def _read(file: Path, name: str, cut: Cut | None) -> Tensor:
     try:
-        tensor: Tensor = content.get_tensor(name)  # a view of the map
+        with _open(file) as content:
+            tensor: Tensor = content.get_tensor(name)  # a view of the map, which it keeps
     except SafetensorError as error:
         raise CheckpointFormatError(f"{file} is damaged at tensor {name} ({error}): download it again") from error
     return part_of(tensor, cut).contiguous()

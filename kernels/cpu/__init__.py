@@ -7,7 +7,7 @@ says how. Knows no Triton. Operations whose time does not matter are torch's, ro
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class CpuKernels:
         how = self._code.instructions.name_for(name)
         return f"{how}, {threads} thread{'' if threads == 1 else 's'}"
 
-    def pack(self, weight: Tensor, format: WeightFormat = "plain") -> Weight:
+    def pack(self, weight: Tensor | Sequence[Tensor], format: WeightFormat = "plain") -> Weight:
         """See `Kernels.pack`."""
         return linears.pack(self._code, weight, format)
 

@@ -6,6 +6,7 @@ Knows shapes and dtypes; not how numbers are multiplied.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,9 @@ from pronk.kernels.cpu.rows import write_quantize, write_widen
 from pronk.kernels.interface import Weight, WeightFormat
 
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("plain", "int8")
-ROWS_AT_ONCE = 4096
-"""Rows of a weight that are rounded at a time: what is in float32 meanwhile is small."""
+AT_ONCE = 4 << 20
+"""Numbers of a weight that are laid out at a time, or few more: what they are rounded to meanwhile is small, and lies
+in large pages."""
 BYTES_A_NANOSECOND, PRODUCTS_A_NANOSECOND = 10, 40
 """Of a thread, roughly: what work is shared out by."""
 HUGE_PAGE = 2 << 20
@@ -41,42 +43,56 @@ class PackedWeight(Weight):
         return super().nbytes + (0 if self.sums is None else self.sums.nbytes)
 
 
-def pack(code: Code, weight: Tensor, format: WeightFormat) -> PackedWeight:
-    """See `Kernels.pack`."""
+def pack(code: Code, weight: Tensor | Sequence[Tensor], format: WeightFormat) -> PackedWeight:
+    """See `Kernels.pack`. Threads read the parts where they are, and write each number once: nothing of a part's size
+    is made on the way."""
     if format not in WEIGHT_FORMATS:
         raise ValueError(f"the CPU kernels have no {format} weights: choose {', '.join(WEIGHT_FORMATS)}")
-    kind: Kind = "int8" if format == "int8" else DTYPES[weight.dtype]  # type: ignore[assignment]
-    num_out, num_in = weight.shape
+    parts = [weight] if isinstance(weight, Tensor) else list(weight)
+    if any(len(part) % LANES for part in parts[:-1]):
+        parts = [torch.cat(parts)]  # a block would have rows of two parts
+    dtype, num_out, num_in = parts[0].dtype, sum(len(part) for part in parts), parts[0].shape[1]
+    kind: Kind = "int8" if format == "int8" else DTYPES[dtype]  # type: ignore[assignment]
     unit = UNIT[kind]
     units = padded(num_in, unit * (TILE_ROWS if on_tiles(code.instructions, kind) else 1)) // unit
     outputs = padded(num_out, LANES * GROUP)
-    data = memory((outputs // LANES, units, LANES, unit), torch.int8 if kind == "int8" else weight.dtype)
+    data = memory((outputs // LANES, units, LANES, unit), torch.int8 if kind == "int8" else dtype)
     scales = torch.zeros(outputs) if kind == "int8" else None
     sums = torch.zeros(outputs, dtype=torch.int32) if kind == "int8" else None
-    for start in range(0, num_out, ROWS_AT_ONCE):
-        rows = weight[start : start + ROWS_AT_ONCE].contiguous()
-        if scales is not None:
-            rows = _round(code, rows, scales[start : start + len(rows)])
-        if num_in % unit:
-            rows = F.pad(rows, (0, -num_in % unit))
-        name = "interleave" if sums is None else "interleave_and_sum"
-        addresses = [data[start // LANES :].data_ptr(), units, 0 if sums is None else sums[start:].data_ptr()]
-        row_bytes = rows.shape[1] * rows.element_size()
-        blocks = padded(len(rows), LANES) // LANES
-        code.run(
-            name,
-            write_interleave(sums=sums is not None),
-            [rows.data_ptr(), row_bytes, len(rows), row_bytes // 4, *addresses],
-            blocks,
-            cost=LANES * row_bytes / BYTES_A_NANOSECOND,
-        )
-    return PackedWeight(num_out, num_in, data, format, scales, kind, sums)
+    packed = PackedWeight(num_out, num_in, data, format, scales, kind, sums)
+    rows_at_once = padded(-(-AT_ONCE // max(num_in, 1)), LANES)
+    # Not from the heap, where its place would be taken by what is kept, and the next one would need a new one.
+    rounded = memory((min(rows_at_once, num_out), num_in), torch.int8) if kind == "int8" else None
+    start = 0
+    for part in parts:
+        for first in range(0, len(part), rows_at_once):
+            rows = part[first : first + rows_at_once].contiguous()
+            _lay_out(code, rows, packed, start + first, rounded)
+        start += len(part)
+    return packed
 
 
-def _round(code: Code, rows: Tensor, scales: Tensor) -> Tensor:
-    """-> int8 rows, as `reference.pack` rounds them, and into `scales` what they are to be multiplied by."""
+def _lay_out(code: Code, rows: Tensor, into: PackedWeight, start: int, rounded: Tensor | None) -> None:
+    """rows [n, K] become those from `start` on, a multiple of LANES. rounded: int8 [n or more, K], to be written to,
+    for an int8 weight."""
+    if rounded is not None and into.scales is not None:
+        rows = _round(code, rows, into.scales[start:], rounded[: len(rows)])
+    if rows.shape[1] % UNIT[into.kind]:
+        rows = F.pad(rows, (0, -rows.shape[1] % UNIT[into.kind]))
+    sums, row_bytes = into.sums, rows.shape[1] * rows.element_size()
+    out = [into.data[start // LANES :].data_ptr(), into.data.shape[1], 0 if sums is None else sums[start:].data_ptr()]
+    code.run(
+        "interleave" if sums is None else "interleave_and_sum",
+        write_interleave(sums=sums is not None),
+        [rows.data_ptr(), row_bytes, len(rows), row_bytes // 4, *out],
+        padded(len(rows), LANES) // LANES,
+        cost=LANES * row_bytes / BYTES_A_NANOSECOND,
+    )
+
+
+def _round(code: Code, rows: Tensor, scales: Tensor, out: Tensor) -> Tensor:
+    """-> out: int8 rows, as `reference.pack` rounds them; and into `scales` what they are to be multiplied by."""
     dtype, width = DTYPES[rows.dtype], rows.shape[1]
-    out = torch.empty(rows.shape, dtype=torch.int8)
     addresses = [rows.data_ptr(), out.data_ptr(), scales.data_ptr()]
     code.run(f"quantize_{dtype}", write_quantize(dtype, 1), [*addresses, width, width], len(rows), cost=width)
     return out

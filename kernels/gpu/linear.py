@@ -6,7 +6,7 @@ same bits in each of them, for one row or thousands. Knows no model, and no cach
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -127,10 +127,11 @@ def _run(kernel: Any, launch: Launch, x: Tensor, weight: Weight, **arguments: An
     )
 
 
-def pack(weight: Tensor, format: WeightFormat = "plain") -> Weight:
+def pack(weight: Tensor | Sequence[Tensor], format: WeightFormat = "plain") -> Weight:
     """See `Kernels.pack`. plain, int8 and fp8 are [N, K], plain without a copy. int4 is uint8 [ceil(K / 64), N, 32]: a
     byte holds input i of its 64 in the low half and input i + 32 in the high one, each plus 8. Its scales are
     [N, K / 32] with the outputs as neighbours in memory."""
+    weight = reference.whole(weight)
     if format == "fp8" and weight.is_cuda and torch.cuda.get_device_capability(weight.device) < FLOAT8_FROM:
         raise ValueError(
             f"{torch.cuda.get_device_name(weight.device)} has no float8: choose int8 weights "

@@ -259,3 +259,20 @@ def test_other_weights_are_named(small: Path, file: str, advice: str) -> None:
     (small / file).write_bytes(b"weights")
     with pytest.raises(CheckpointNotFoundError, match=advice):
         open_checkpoint(small)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_a_file_is_mapped_no_longer_than_its_tensors_are_there(small: Path) -> None:
+    """What was read of a map counts as the process's memory until the map is gone."""
+
+    def maps() -> int:
+        return Path("/proc/self/maps").read_text().count(str(small))
+
+    checkpoint = HuggingFaceCheckpoint.open(small)
+    assert maps() == 0
+    most = 0
+    for _, tensor in checkpoint.tensors():
+        most = max(most, maps())
+        del tensor
+    assert most == 1
+    assert maps() == 0

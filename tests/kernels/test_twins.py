@@ -156,6 +156,25 @@ def test_linear_of_packed_weights(kernels: Kernels, dtype: torch.dtype) -> None:
 
 
 @each_set
+@each_dtype
+@pytest.mark.parametrize("heights", [[64], [32, 16, 17], [33, 7, 40], [16, 0, 3]], ids=str)
+def test_a_weight_in_parts_is_packed_like_the_whole(kernels: Kernels, dtype: torch.dtype, heights: list[int]) -> None:
+    """To the bit, and copied: what the parts were views of may be gone."""
+    source = cases.generator(19)
+    parts = [cases.normal(source, height, 96, dtype=dtype) for height in heights]
+    for format in kernels.WEIGHT_FORMATS:
+        whole = kernels.pack(torch.cat(parts), format)
+        given = [part.clone() for part in parts]
+        packed = kernels.pack(given, format)
+        for part in given:
+            part.fill_(torch.nan)
+        assert (packed.out_features, packed.in_features) == (sum(heights), 96)
+        for name, tensor in vars(whole).items():
+            if isinstance(tensor, Tensor):
+                assert same_bits(vars(packed)[name].contiguous(), tensor.contiguous()), name
+
+
+@each_set
 def test_packing_says_how_large_it_is(kernels: Kernels) -> None:
     weight = torch.ones(64, 128, dtype=torch.bfloat16)
     for format in kernels.WEIGHT_FORMATS:

@@ -104,6 +104,18 @@ def test_packed_bytes(device: str) -> None:
     assert gpu.pack(weight).data.data_ptr() == weight.data_ptr(), "a plain weight may be shared with the embedding"
 
 
+@each_format
+@pytest.mark.parametrize("heights", [[40], [16, 3, 21]], ids=str)
+def test_a_weight_in_parts_is_packed_like_the_whole(heights: list[int], format: WeightFormat, device: str) -> None:
+    weight = cases.normal(cases.generator(5), 40, 96, dtype=torch.bfloat16).to(device)
+    whole, packed = gpu.pack(weight, format), gpu.pack(weight.split(heights), format)
+    assert torch.equal(packed.data.view(torch.uint8), whole.data.view(torch.uint8))
+    assert (packed.scales is None and whole.scales is None) or torch.equal(packed.scales, whole.scales)  # type: ignore[arg-type]
+    if format == "plain":
+        is_kept = packed.data.data_ptr() == weight.data_ptr()
+        assert is_kept == (heights == [40] and device != "cpu"), "what lies on a device is no view of a file"
+
+
 def cancelling(num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x and weight whose exact products are 0: what comes out is the error of the sum alone, all of its bits to be seen
     in any dtype. The second half takes back the first, in another order of int4's groups."""
