@@ -214,37 +214,39 @@ def sampler(kernels: CpuKernels, name: str) -> Iterator[Row]:
 
 
 def steps(kernels: CpuKernels, name: str) -> Iterator[Row]:
-    llama = gpu_inputs.config(name, dry=False)
     for format in ("plain", "int8"):
-        with torch.inference_mode():
-            model = gpu_inputs.random_model(kernels, llama, CPU, format, num_positions=16384)
-        table = model.embedding.table
-        read = model.nbytes - model.cos_sin.nbytes - (0 if table is model.head.weight else table.nbytes)
-        for rows, context in ((1, 128), (1, 1024), (8, 192), (32, 192)):
-            run = _step(model, llama, [1] * rows, [context] * rows)
-            cached = 4.0 * rows * context * llama.num_key_value_heads * llama.head_dim * llama.num_hidden_layers
-            yield Row(
-                "step", f"{name} {format}, {rows} rows, context {context}", median(run), read + cached, tokens=rows
+        yield from _steps_in(kernels, name, format)
+
+
+def _steps_in(kernels: CpuKernels, name: str, format: str) -> Iterator[Row]:
+    """One model, which is gone when this ends: two of the 3B would take 11 GB."""
+    llama = gpu_inputs.config(name, dry=False)
+    with torch.inference_mode():
+        model = gpu_inputs.random_model(kernels, llama, CPU, format, num_positions=16384)
+    table = model.embedding.table
+    read = model.nbytes - model.cos_sin.nbytes - (0 if table is model.head.weight else table.nbytes)
+    for rows, context in ((1, 128), (1, 1024), (8, 192), (32, 192)):
+        run = _step(model, llama, [1] * rows, [context] * rows)
+        cached = 4.0 * rows * context * llama.num_key_value_heads * llama.head_dim * llama.num_hidden_layers
+        yield Row("step", f"{name} {format}, {rows} rows, context {context}", median(run), read + cached, tokens=rows)
+    for length in (128, 1024, 8192):
+        chunks = [(min(256, length - start), start) for start in range(0, length, 256)]
+        runs = [_step(model, llama, [count], [start + count], head=False) for count, start in chunks]
+        flops = (
+            2.0
+            * length
+            * sum(
+                weight.out_features * weight.in_features
+                for layer in model.layers
+                for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)
             )
-        for length in (128, 1024, 8192):
-            chunks = [(min(256, length - start), start) for start in range(0, length, 256)]
-            runs = [_step(model, llama, [count], [start + count], head=False) for count, start in chunks]
-            flops = (
-                2.0
-                * length
-                * sum(
-                    weight.out_features * weight.in_features
-                    for layer in model.layers
-                    for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)
-                )
-            )
-            start = time.perf_counter()
-            for run in runs:
-                run()
-            yield Row(
-                "prompt", f"{name} {format}, {length} tokens", time.perf_counter() - start, flops=flops, tokens=length
-            )
-        del model
+        )
+        start = time.perf_counter()
+        for run in runs:
+            run()
+        yield Row(
+            "prompt", f"{name} {format}, {length} tokens", time.perf_counter() - start, flops=flops, tokens=length
+        )
 
 
 def _step(model, llama, lens: list[int], contexts: list[int], *, head: bool = True) -> Callable[[], object]:  # type: ignore[no-untyped-def]
