@@ -67,7 +67,7 @@ def metrics() -> str:
 
 def _loaded() -> ServedModel:
     """A model that nobody asks anything: only its figures are read."""
-    info = SimpleNamespace(weights_bytes=0, kv_cache_bytes=0, device="cpu")
+    info = SimpleNamespace(weights_bytes=0, kv_cache_bytes=0, runtime_bytes=0, device="cpu")
     engine = SimpleNamespace(info=info, stats=EngineStats(), error=None, restarts=0, num_ranks=1)
     return cast(ServedModel, SimpleNamespace(engine=engine))
 

@@ -90,6 +90,10 @@ class Prepare(msgspec.Struct, frozen=True, array_like=True, tag="prepare"):
     """Make ready what makes later steps faster."""
 
 
+class Weigh(msgspec.Struct, frozen=True, array_like=True, tag="weigh"):
+    """Say how much memory the rank's process takes."""
+
+
 class Begin(msgspec.Struct, frozen=True, array_like=True, tag="begin"):
     """The first: load this."""
 
@@ -100,7 +104,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """There will be no more orders."""
 
 
-Order = Begin | Compute | Sample | Score | Prepare | Stop
+Order = Begin | Compute | Sample | Score | Prepare | Weigh | Stop
 
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -163,10 +163,11 @@ def lead_on(link: Link, config: EngineConfig, pulse: Pulse, company: Company | N
     core = EngineCore(config, runner, vocabulary)
     link.send(wire.Progress("warming up"))
     warm_up(core, beat)
+    info = engine_info(config, runner, runtime_bytes=runner.runtime_bytes())
     core = EngineCore(config, runner, vocabulary)  # the warm-up leaves no trace in counters and cache
     patience = step_timeout(config, runner.device.type)
     pulse.serve(patience)
-    link.send(engine_info(config, runner))
+    link.send(info)
     idle = min(BEAT_SECONDS, patience / 4)
     may_prepare = True
     while True:
@@ -198,8 +199,8 @@ def warm_up(core: EngineCore, beat: Callable[[], None]) -> None:
                 raise PronkError(f"the model cannot make a token: {output.error}; are the weights damaged?")
 
 
-def engine_info(config: EngineConfig, runner: ModelRunner) -> wire.EngineInfo:
-    """What the server wants to know of a loaded engine."""
+def engine_info(config: EngineConfig, runner: ModelRunner, *, runtime_bytes: int | None = None) -> wire.EngineInfo:
+    """What the server wants to know of a loaded engine. runtime_bytes: see `wire.EngineInfo`."""
     model = runner.model
     return wire.EngineInfo(
         folder=config.model,
@@ -218,6 +219,7 @@ def engine_info(config: EngineConfig, runner: ModelRunner) -> wire.EngineInfo:
         eos_token_ids=sorted(model.config.eos_token_ids),
         load_seconds=runner.load_seconds,
         ranks=runner.shares,
+        runtime_bytes=runtime_bytes,
     )
 
 

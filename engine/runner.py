@@ -19,6 +19,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from pronk.engine import footprint
 from pronk.engine.batch import Batch, BatchBuilder, layout_of
 from pronk.engine.cache import memory
 from pronk.engine.config import EngineConfig
@@ -29,7 +30,7 @@ from pronk.engine.graphs import Capture, CudaCapture, StepGraphs, StepResult, st
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.model.split import Split, check_groups, split_of
-from pronk.engine.orders import Array, Compute, Draw, Order, Prepare, Sample, Score
+from pronk.engine.orders import Array, Compute, Draw, Order, Prepare, Sample, Score, Weigh
 from pronk.engine.parallel import ALONE, Collectives
 from pronk.engine.request import TokenLogprobs
 from pronk.engine.sampling.sampler import Sampled, SampleRow, SamplingArrays, build, read
@@ -172,6 +173,14 @@ class ModelRunner:
         self.tell(Prepare())
         return self.graphs.capture_next()
 
+    def runtime_bytes(self) -> int | None:
+        """What the processes of all ranks take now beside weights and KV cache, in a CPU's memory; what they share
+        counts for each. None on a GPU, and where the system does not tell."""
+        if self.device.type != "cpu":
+            return None
+        self.tell(Weigh())
+        return self.weigh()
+
     def _score_prompts(self, forward: Forward) -> dict[Sequence, list[TokenLogprobs]]:
         scored: dict[Sequence, list[TokenLogprobs]] = {}
         first = 0
@@ -193,6 +202,8 @@ class ModelRunner:
         if isinstance(order, Prepare):
             if self.graphs is not None:
                 self.graphs.capture_next()
+        elif isinstance(order, Weigh):
+            self.weigh()
         elif last is None:
             raise ValueError(f"{type(order).__name__} before any step was computed")
         elif isinstance(order, Sample):
@@ -240,6 +251,12 @@ class ModelRunner:
         with torch.inference_mode():
             hidden = result.hidden[order.first : order.first + len(order.token_ids)]
             return self.model.head.logprobs(hidden, torch.tensor(order.token_ids, device=self.device), order.top_n)
+
+    def weigh(self) -> int | None:
+        """See `runtime_bytes`. To be called by all."""
+        own = footprint.runtime_bytes(self.model.nbytes)
+        everyones: list[int] = self.model.tp.all_gather(torch.tensor(-1 if own is None else own)).tolist()
+        return None if min(everyones) < 0 else sum(everyones)
 
     def _keep(self, slots: Tensor, tokens: Tensor) -> None:
         """slots, tokens int64 [R]: what the next step reads. A token that is none stands for a row that has failed."""

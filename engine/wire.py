@@ -90,6 +90,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     load_seconds: float
     ranks: list[RankShare]
     """By rank."""
+    runtime_bytes: int | None = None
+    """What the processes of all ranks took beside weights and KV cache when they had made a token, what they share
+    counted for each; None where that is not known."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True, kw_only=False):

@@ -96,6 +96,7 @@ def start_table(info: EngineInfo, *, names: Sequence[str], url: str, needs_key: 
         ("device", f"{info.device} ({info.kernels})"),
         ("weights", f"{readable_bytes(info.weights_bytes)}, loaded in {info.load_seconds:.1f} s"),
         ("KV cache", f"{readable_bytes(info.kv_cache_bytes)}: {info.num_blocks} blocks of {info.block_size} tokens"),
+        *_memory(info),
         *_ranks(info.ranks),
         ("context", f"{info.max_model_len} tokens"),
         ("at a time", f"{info.max_num_seqs} sequences, {info.max_num_batched_tokens} tokens a step"),
@@ -105,6 +106,14 @@ def start_table(info: EngineInfo, *, names: Sequence[str], url: str, needs_key: 
     table = "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
     curl = curl_line(names[0], url, needs_key=needs_key)
     return f"Pronk {pronk.__version__} is ready.\n\n{table}\n\nTry it:\n\n{curl}\n"
+
+
+def _memory(info: EngineInfo) -> list[tuple[str, str]]:
+    """-> the row of what the engine takes in all, where that is known. Pages of the cache are taken when written."""
+    if info.runtime_bytes is None:
+        return []
+    most = info.weights_bytes + info.kv_cache_bytes + info.runtime_bytes
+    return [("memory", f"up to {readable_bytes(most)}: these two, and {readable_bytes(info.runtime_bytes)} to run")]
 
 
 def _ranks(shares: Sequence[RankShare]) -> Iterator[tuple[str, str]]:

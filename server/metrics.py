@@ -299,11 +299,14 @@ class _EngineState(Collector):
     def _memory(self, info: EngineInfo) -> Iterator[Metric]:
         family = GaugeMetricFamily(
             PREFIX + "device_memory_bytes",
-            "Memory that the engine planned, by use.",
+            "Memory that the engine takes, by use: its weights, its KV cache when all of it is written, and, if known, "
+            "what its processes need to run.",
             labels=["model", "device", "kind"],
         )
-        for kind, size in (("weights", info.weights_bytes), ("kv_cache", info.kv_cache_bytes)):
-            family.add_metric([self._service.names[0], info.device, kind], size)
+        sizes = {"weights": info.weights_bytes, "kv_cache": info.kv_cache_bytes, "runtime": info.runtime_bytes}
+        for kind, size in sizes.items():
+            if size is not None:
+                family.add_metric([self._service.names[0], info.device, kind], size)
         yield family
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:

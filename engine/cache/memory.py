@@ -114,7 +114,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     count = 1
     for size in shape:
         count *= size
-    # An anonymous map reads as zeros without being touched; torch.zeros would write every page at start.
+    # An anonymous map reads as zeros without being touched; torch.zeros would write every page at start. It is a shared
+    # one, which the system counts apart from what else the process has (`footprint`).
     try:
         pages = mmap.mmap(-1, count * dtype.itemsize)
     except (OSError, OverflowError) as error:

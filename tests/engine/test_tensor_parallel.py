@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pronk.engine import footprint
 from pronk.engine.batch import BatchBuilder, layout_of
 from pronk.engine.cache.memory import allocate
 from pronk.engine.config import EngineConfig, replace
@@ -117,6 +118,20 @@ def test_greedy_tokens_are_those_of_one_rank(checkpoint: Callable[..., Path], sh
     alone = answers(config, load_runner(config, folder, lambda done, total: None), folder)
     crew = Crew(config, folder, size)
     assert answers(config, crew.runner, folder) == alone
+    crew.close()
+
+
+def test_what_ranks_take_to_run_is_told_in_one_sum(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = checkpoint("kv8")
+    config = replace(EngineConfig(model=str(folder), max_model_len=300, cpu_threads=1), memory="8MiB", max_num_seqs=4)
+    crew = Crew(config, folder, 2)
+    monkeypatch.setattr(footprint, "STATUS", tmp_path / "status")
+    assert crew.runner.runtime_bytes() is None
+    (tmp_path / "status").write_text("RssAnon:\t 90000 kB\nRssFile:\t 10000 kB\n")
+    weights = sum(share.weights_bytes for share in crew.runner.shares)
+    assert crew.runner.runtime_bytes() == 2 * 100_000 * 1024 - weights
     crew.close()
 
 

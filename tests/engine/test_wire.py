@@ -87,6 +87,7 @@ stats = st.builds(
 shares = st.builds(wire.RankShare, **dict.fromkeys(wire.RankShare.__struct_fields__, count))
 FIELDS = {
     int: count,
+    int | None: maybe() | count,
     str: text,
     float: seconds,
     list[int]: st.lists(token, max_size=3),

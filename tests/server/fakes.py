@@ -48,6 +48,7 @@ def info(**changes: Any) -> EngineInfo:
         "eos_token_ids": [END_OF_TURN],
         "load_seconds": 1.5,
         "ranks": [RankShare(2 << 30, 1 << 30, 8, 512)],
+        "runtime_bytes": 256 << 20,
     }
     return EngineInfo(**{**facts, **changes})
 

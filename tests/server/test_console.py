@@ -96,7 +96,7 @@ def test_the_table() -> None:
     for fact in (
         "tiny, other (/models/tiny)", "1.24 billion", "bfloat16", "cpu (fake)", "2.0 GiB, loaded in 1.5 s",
         "1.0 GiB: 100 blocks of 16 tokens", "4096 tokens", "8 sequences, 256 tokens a step",
-        "http://x:1/v1 (API key needed)",
+        "http://x:1/v1 (API key needed)", "up to 3.2 GiB: these two, and 256.0 MiB to run",
     ):  # fmt: skip
         assert fact in table
     assert "rank" not in table
@@ -110,3 +110,9 @@ def test_the_table_says_what_each_of_several_ranks_has() -> None:
         "ranks 0-2   each 3.0 GiB of weights, 2 KV heads, 1.0 GiB of KV cache, 1024 token ids",
         "rank 3      2.0 GiB of weights, 1 KV head, 1.0 GiB of KV cache, 960 token ids",
     ]
+
+
+def test_memory_in_all_is_told_only_where_it_is_known() -> None:
+    table = start_table(info(runtime_bytes=None), names=("tiny",), url="http://x:1", needs_key=False)
+    assert "weights" in table
+    assert "memory" not in table

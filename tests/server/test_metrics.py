@@ -120,7 +120,10 @@ async def test_gauges_are_read_when_they_are_scraped(connect: Connect) -> None:
     assert value(samples, "collectives_total", operation="all_reduce") == 9
     assert value(samples, "collectives_total", operation="all_gather") == 8
     assert value(samples, "collective_seconds_total") == 0.5
-    assert value(samples, "device_memory_bytes", device="cpu", kind="weights") == 2 << 30
+    memory = [
+        value(samples, "device_memory_bytes", device="cpu", kind=kind) for kind in ("weights", "kv_cache", "runtime")
+    ]
+    assert memory == [2 << 30, 1 << 30, 256 << 20]
 
 
 async def test_phases(connect: Connect) -> None:
