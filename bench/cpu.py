@@ -41,7 +41,7 @@ from pronk.kernels.cpu.instructions import (
 from pronk.kernels.interface import LayerCache
 from pronk.kernels.jit.compiler import load
 from pronk.kernels.jit.emit import F32, I64, Function, vector
-from pronk.kernels.jit.threads import Team
+from pronk.kernels.jit.threads import Team, Work
 
 CPU = torch.device("cpu")
 BFLOAT16 = torch.bfloat16
@@ -121,7 +121,7 @@ def ceilings(team: Team) -> dict[str, float]:
     out = np.zeros(16, np.float32)
 
     def rate(name: str, arguments: list[int], items: int, amount: float) -> float:
-        return amount / median(lambda: team.run(library.address(name), arguments, items, 1e6))
+        return amount / median(lambda: team.run(library.address(name), arguments, Work(items, 1e6)))
 
     found = {
         "read": rate("read", [data.ctypes.data, out.ctypes.data], data.nbytes // PIECE, data.nbytes),

@@ -143,8 +143,8 @@ class EngineConfig:
     )
     enforce_eager: bool = option(
         False,
-        "launch each operation of a step by itself on a GPU, instead of replaying captured CUDA graphs: slower, and "
-        "the answers are the same",
+        "launch each operation of a step by itself, instead of replaying captured steps (CUDA graphs on a GPU, the "
+        "kernels' own recordings on a CPU): slower, and the answers are the same",
         flag="--enforce-eager",
     )
     cpu_threads: int | None = option(

@@ -1,9 +1,10 @@
-"""StepGraphs: whole steps as captured CUDA graphs, replayed with one call instead of some hundred launches.
+"""StepGraphs: whole steps that were captured, replayed with one call instead of some hundred launches.
 
 A graph fixes what is launched and where it reads and writes, not what stands there: so there is one for each bucket of
 token counts, a step is padded to the next bucket, and its numbers are copied into the buffer that the graph reads.
-Attention is planned on the device, so one graph serves any mix of lengths up to its bounds. Graphs are captured when
-they are needed a second time, or one by one while nobody waits (`capture_next`): a start does not wait for them.
+Attention is planned anew by each replay, so one graph serves any mix of lengths up to its bounds. Graphs are captured
+when they are needed a second time, or one by one while nobody waits (`capture_next`): a start does not wait for them.
+On a GPU they are CUDA's; on a CPU the kernel set records its launches.
 
 Knows how to pad, capture and replay; what a step computes is a function that it is given, and how a graph is captured
 is another, so the padding is tested where no GPU is.
@@ -24,16 +25,31 @@ from torch import Tensor
 from pronk.engine.batch import Batch, BatchBuilder, Layout
 from pronk.engine.orders import Draw, RowOrder
 
-DECODE_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-"""Buckets of steps in which every sequence has one token."""
-MIXED_TOKENS = (16, 32, 64, 128, 256, 512)
-"""Buckets of steps with parts of prompts. Longer steps keep the device busy for longer than it takes to launch them."""
 CONTEXT_LENS = (2048, 8192, 32768, 131072)
 """Buckets of the longest sequence: they bound the memory in which attention's splits are merged."""
 MAX_SPLITS = 1 << 16
 """Token and key-split pairs of one graph at most: 32 heads of 64 need half a gigabyte for so many."""
 KEY_SPLIT = 256
 USES_BEFORE_CAPTURE = 2
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Numbers of tokens of the steps that are captured, rising. Longer steps keep a device busy for longer than it
+    takes to launch them."""
+
+    decode: Rows[int]
+    """Of steps in which every sequence has one token."""
+    mixed: Rows[int]
+    """Of steps with parts of prompts."""
+    ahead: Rows[int]
+    """Those of `decode` that are captured before they are needed."""
+
+
+_GPU_DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+GPU_BUCKETS = Buckets(decode=_GPU_DECODE, mixed=(16, 32, 64, 128, 256, 512), ahead=_GPU_DECODE)
+CPU_BUCKETS = Buckets(decode=range(1, 33), mixed=(), ahead=())
+"""A CPU would pay for padding, and a recording takes it milliseconds: there is one of each number, when it comes."""
 
 
 @dataclass(frozen=True, order=True)
@@ -83,6 +99,7 @@ class StepGraphs:
         step: Callable[[Batch, Draw], StepResult],
         capture: Capture,
         builder: BatchBuilder,
+        buckets: Buckets,
         *,
         block_size: int,
         max_model_len: int,
@@ -93,6 +110,7 @@ class StepGraphs:
         self._step = step
         self._capture = capture
         self._builder = builder
+        self._buckets = buckets
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._device = device
@@ -100,6 +118,10 @@ class StepGraphs:
         self._graphs: dict[Key, Graph] = {}
         self._uses: Counter[Key] = Counter()
         self._ladder = self._expected()
+
+    @property
+    def num_captured(self) -> int:
+        return len(self._graphs)
 
     def launch(self, rows: Rows[RowOrder], draw: Draw) -> StepResult | None:
         """Replay the step's graph. -> None when it has none (yet): then it must be launched operation by operation."""
@@ -128,7 +150,8 @@ class StepGraphs:
     def key_of(self, rows: Rows[RowOrder], draw: Draw) -> Key | None:
         """-> the smallest buckets that hold the step; None when none does."""
         decodes = all(row.num_tokens == 1 for row in rows)
-        num_tokens = _at_least(DECODE_TOKENS if decodes else MIXED_TOKENS, sum(row.num_tokens for row in rows))
+        buckets = self._buckets.decode if decodes else self._buckets.mixed
+        num_tokens = _at_least(buckets, sum(row.num_tokens for row in rows))
         context_len = _at_least(self._context_lens, max(row.end for row in rows))
         if num_tokens is None or context_len is None or len(rows) > self._num_seqs(num_tokens):
             return None
@@ -161,7 +184,7 @@ class StepGraphs:
 
     def _expected(self) -> Iterator[Key]:
         for context_len in self._context_lens[:2]:
-            for num_tokens in DECODE_TOKENS:
+            for num_tokens in self._buckets.ahead:
                 if num_tokens <= self._max_num_seqs:
                     yield Key(num_tokens, context_len, decodes=True, draw="largest")
                     yield Key(num_tokens, context_len, decodes=True, draw="sample")

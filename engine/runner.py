@@ -26,7 +26,7 @@ from pronk.engine.config import EngineConfig
 from pronk.engine.deltas import Deltas
 from pronk.engine.errors import ConfigError
 from pronk.engine.grammar import Mask
-from pronk.engine.graphs import Capture, CudaCapture, StepGraphs, StepResult, stage
+from pronk.engine.graphs import CPU_BUCKETS, GPU_BUCKETS, Buckets, Capture, CudaCapture, StepGraphs, StepResult, stage
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.model.split import Split, check_groups, split_of
@@ -40,6 +40,7 @@ from pronk.engine.weights.checkpoint import open_checkpoint
 from pronk.engine.weights.progress import track
 from pronk.engine.wire import RankShare
 from pronk.kernels import for_device
+from pronk.kernels.cpu import CpuKernels
 from pronk.kernels.cpu.cores import default_threads
 from pronk.kernels.interface import INT4_GROUP, Kernels, Queries, Samples, WeightFormat
 
@@ -360,9 +361,13 @@ def load_runner(
         shares=shares_of(model, cache, device),
         tell=tell,
     )
-    if device.type != "cuda" or config.enforce_eager:
+    if config.enforce_eager:
         return runner
-    return with_graphs(runner, CudaCapture(), max_num_seqs=config.scheduler.max_num_seqs)
+    if device.type == "cuda":
+        return with_graphs(runner, CudaCapture(), GPU_BUCKETS, max_num_seqs=config.scheduler.max_num_seqs)
+    if isinstance(kernels, CpuKernels) and tp.size == 1:  # gloo's exchanges cannot be recorded
+        return with_graphs(runner, kernels.capture, CPU_BUCKETS, max_num_seqs=config.scheduler.max_num_seqs)
+    return runner
 
 
 def make_cache(
@@ -418,12 +423,13 @@ def shares_of(model: llama.Llama, cache: memory.KVCache, device: torch.device) -
     return [RankShare(*numbers) for numbers in everyones.tolist()]
 
 
-def with_graphs(runner: ModelRunner, capture: Capture, *, max_num_seqs: int) -> ModelRunner:
+def with_graphs(runner: ModelRunner, capture: Capture, buckets: Buckets, *, max_num_seqs: int) -> ModelRunner:
     """-> the same runner, which replays its steps where they can be captured."""
     graphs = StepGraphs(
         runner.step,
         capture,
         runner.builder,
+        buckets,
         block_size=runner.block_size,
         max_model_len=runner.plan.max_model_len,
         max_num_seqs=max_num_seqs,

@@ -7,7 +7,8 @@ says how. Knows no Triton. Operations whose time does not matter are torch's, ro
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +18,12 @@ from pronk.kernels.cpu import linear as linears
 from pronk.kernels.cpu import sampling as samplings
 from pronk.kernels.cpu.code import DTYPES, Code, contiguous
 from pronk.kernels.cpu.instructions import Instructions, of_this_machine
+from pronk.kernels.cpu.recording import Pool, Recorder, record
 from pronk.kernels.cpu.rows import write_largest, write_rms_norm, write_rope_and_cache, write_silu_mul
 from pronk.kernels.interface import AttentionPlan, LayerCache, Queries, Samples, SamplingBatch, Weight, WeightFormat
 from pronk.kernels.jit.threads import Team
+
+Result = TypeVar("Result")
 
 
 class CpuKernels:
@@ -30,6 +34,7 @@ class CpuKernels:
     def __init__(self, num_threads: int, instructions: Instructions | None = None) -> None:
         """instructions: others than this machine's best."""
         self._code = Code(Team(num_threads), instructions or of_this_machine())
+        self._pool = Pool()
 
     def describe(self, dtype: torch.dtype) -> str:
         """See `Kernels.describe`."""
@@ -39,6 +44,14 @@ class CpuKernels:
             raise ValueError(f"the CPU kernels have no {dtype}: choose --dtype bfloat16, float16, float32")
         how = self._code.instructions.name_for(name)
         return f"{how}, {threads} thread{'' if threads == 1 else 's'}"
+
+    def capture(self, run: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
+        """Record what `run` does with this set, without launching it: see `recording`. -> what does it again, and run's
+        result, into whose tensors each replay writes."""
+        return record(run, self._code.team, self._pool, self._use)
+
+    def _use(self, recorder: Recorder | None) -> None:
+        self._code.recorder = recorder
 
     def pack(self, weight: Tensor | Sequence[Tensor], format: WeightFormat = "plain") -> Weight:
         """See `Kernels.pack`."""

@@ -24,11 +24,16 @@ from pronk.kernels.cpu.attention_tiles import MOST_ROWS, write_attend_on_tiles
 from pronk.kernels.cpu.code import DTYPES, Code, contiguous
 from pronk.kernels.cpu.instructions import LANES, config_address
 from pronk.kernels.interface import AttentionPlan, LayerCache, Queries
+from pronk.kernels.jit.threads import Work
 
 FLOPS_A_NANOSECOND = 50
 """Of a thread, roughly: what work is shared out by."""
 ITEMS_PER_THREAD = 4
 """So many, and the end of a step finds all threads at work."""
+
+
+Piece = tuple[int, int, int, int]
+"""First token, how many, position of the first, sequence."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Plan:
     """int64 [n, 7], those that take longest first."""
     merges: Tensor
     """int64 [n, 4]"""
+    work: Work
+    """How many of the items there are, times KV heads."""
+    merge_work: Work
     block_tables: Tensor
     """int64 [S, blocks]"""
     num_heads: int
@@ -46,8 +54,6 @@ class Plan:
     """float32 [partials, KV, TILE_ROWS, D]"""
     partial_stats: Tensor
     """float32 [partials, KV, TILE_ROWS, 2]"""
-    cost: float
-    """Nanoseconds of an item, on average."""
 
 
 def plan_attention(code: Code, queries: Queries, *, num_heads: int, cache: LayerCache) -> Plan:
@@ -62,13 +68,55 @@ def plan_attention(code: Code, queries: Queries, *, num_heads: int, cache: Layer
         raise ValueError(f"{group} query heads share a KV head: the CPU kernels have up to {TILE_ROWS}")
     if block_size % KEYS or SPLIT % block_size:
         raise ValueError(f"blocks of {block_size} tokens: the CPU kernels have powers of two up to {SPLIT}")
-    most_rows = MOST_ROWS if _on_tiles(code, cache) else TILE_ROWS
-    pieces = _pieces(queries, most_rows // group)
-    splits = sum(-(-(position + count) // SPLIT) for _, count, position, _ in pieces)
+    heads = _Heads(num_kv_heads, group, head_dim)
+    tokens = (MOST_ROWS if _on_tiles(code, cache) else TILE_ROWS) // group
     enough = ITEMS_PER_THREAD * code.team.num_threads
-    few_rows = all(count * group <= TILE_ROWS for _, count, _, _ in pieces)
-    apart = few_rows and len(pieces) * num_kv_heads < enough and splits > len(pieces)
-    items, merges, partials = [], [], 0
+    order = _order(_pieces(queries, tokens), heads, enough)
+    num_items, num_merges, num_partials = len(order.items), len(order.merges), order.num_partials
+    if code.recorder is not None:
+        num_items, num_merges, num_partials = _most(queries, tokens, heads, enough)
+    plan = Plan(
+        items=torch.empty(num_items, len(ITEM), dtype=torch.int64),
+        merges=torch.empty(num_merges, len(MERGE_ITEM), dtype=torch.int64),
+        work=Work(),
+        merge_work=Work(),
+        block_tables=contiguous(queries.block_tables),
+        num_heads=num_heads,
+        partial_sums=torch.empty(num_partials, num_kv_heads, TILE_ROWS, head_dim),
+        partial_stats=torch.empty(num_partials, num_kv_heads, TILE_ROWS, 2),
+    )
+    _write(plan, order, heads)
+    code.before_replays(lambda: _write(plan, _order(_pieces(queries, tokens), heads, enough), heads))
+    return plan
+
+
+@dataclass(frozen=True)
+class _Heads:
+    num_kv_heads: int
+    group: int
+    """Query heads of each."""
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What a step has to do."""
+
+    items: list[tuple[int, ...]]
+    merges: list[tuple[int, ...]]
+    num_partials: int
+    flops: int
+    """Of one KV head."""
+
+
+def _order(pieces: list[Piece], heads: _Heads, enough: int) -> _Order:
+    """enough: items that keep all threads busy to the end."""
+    splits = sum(-(-(position + count) // SPLIT) for _, count, position, _ in pieces)
+    few_rows = all(count * heads.group <= TILE_ROWS for _, count, _, _ in pieces)
+    apart = few_rows and len(pieces) * heads.num_kv_heads < enough and splits > len(pieces)
+    items: list[tuple[int, ...]] = []
+    merges: list[tuple[int, ...]] = []
+    partials = 0
     for first, count, position, sequence in pieces:
         num_splits = -(-(position + count) // SPLIT)
         if apart and num_splits > 1:
@@ -79,20 +127,30 @@ def plan_attention(code: Code, queries: Queries, *, num_heads: int, cache: Layer
         else:
             items.append((first, count, position, sequence, 0, num_splits, -1))
     items.sort(key=lambda item: -item[1] * (item[5] - item[4]))
-    return Plan(
-        items=torch.tensor(items, dtype=torch.int64).view(-1, len(ITEM)),
-        merges=torch.tensor(merges, dtype=torch.int64).view(-1, len(MERGE_ITEM)),
-        block_tables=contiguous(queries.block_tables),
-        num_heads=num_heads,
-        partial_sums=torch.empty(partials, num_kv_heads, TILE_ROWS, head_dim),
-        partial_stats=torch.empty(partials, num_kv_heads, TILE_ROWS, 2),
-        cost=sum(_flops(piece, group * head_dim) for piece in pieces) / FLOPS_A_NANOSECOND / max(len(items), 1),
-    )
+    flops = sum(_flops(piece, heads.group * heads.head_dim) for piece in pieces)
+    return _Order(items, merges, partials, flops)
 
 
-def _pieces(queries: Queries, tokens: int) -> list[tuple[int, int, int, int]]:
-    """Up to `tokens` neighbours of a sequence each, at multiples of so many from its first in the step. -> (first
-    token, how many, position of the first, sequence)"""
+def _most(queries: Queries, tokens: int, heads: _Heads, enough: int) -> tuple[int, int, int]:
+    """-> items, merges and partials of any step within the bounds of these queries."""
+    pieces = len(queries.starts) * -(-queries.max_len // tokens)
+    apart = min(pieces, (enough - 1) // heads.num_kv_heads)
+    partials = apart * -(-queries.max_context_len // SPLIT)
+    return max(pieces, partials), apart, partials
+
+
+def _write(plan: Plan, order: _Order, heads: _Heads) -> None:
+    # By numpy: a recording must not take these numbers for those of every step.
+    if order.items:
+        plan.items.numpy()[: len(order.items)] = order.items
+    if order.merges:
+        plan.merges.numpy()[: len(order.merges)] = order.merges
+    plan.work.set(len(order.items) * heads.num_kv_heads, order.flops / FLOPS_A_NANOSECOND / max(len(order.items), 1))
+    plan.merge_work.set(len(order.merges) * heads.num_kv_heads, TILE_ROWS * heads.head_dim)
+
+
+def _pieces(queries: Queries, tokens: int) -> list[Piece]:
+    """Up to `tokens` neighbours of a sequence each, at multiples of so many from its first in the step."""
     found = []
     rows = zip(queries.starts.tolist(), queries.lens.tolist(), queries.context_lens.tolist(), strict=True)
     for sequence, (start, length, context_len) in enumerate(rows):
@@ -106,7 +164,7 @@ def _on_tiles(code: Code, cache: LayerCache) -> bool:
     return code.instructions.tiles and cache.keys.dtype == torch.bfloat16 and cache.keys.shape[3] % 32 == 0
 
 
-def _flops(piece: tuple[int, int, int, int], width: int) -> int:
+def _flops(piece: Piece, width: int) -> int:
     """Of one KV head. width: numbers of its query heads together."""
     _, count, position, _ = piece
     return 4 * count * (position + count) * width
@@ -126,7 +184,7 @@ def attention(code: Code, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> 
     dtype = DTYPES[q.dtype]
     partials = (plan.partial_sums.data_ptr(), plan.partial_stats.data_ptr())
     on_tiles = _on_tiles(code, cache)
-    code.run(
+    code.run_as_planned(
         f"attend_on_tiles_{head_dim}" if on_tiles else f"attend_{dtype}_{head_dim}",
         write_attend_on_tiles(head_dim) if on_tiles else write_attend(dtype, head_dim),
         [
@@ -143,15 +201,13 @@ def attention(code: Code, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> 
             *partials,
             config_address(TILE_ROWS, TILE_ROWS),
         ],
-        len(plan.items) * num_kv_heads,
-        plan.cost,
+        plan.work,
     )
     if len(plan.merges):
-        code.run(
+        code.run_as_planned(
             f"merge_{dtype}_{head_dim}",
             write_merge(dtype, head_dim),
             [out.data_ptr(), plan.merges.data_ptr(), *partials, plan.num_heads, num_kv_heads],
-            len(plan.merges) * num_kv_heads,
-            cost=TILE_ROWS * head_dim,
+            plan.merge_work,
         )
     return out

@@ -1,6 +1,7 @@
 """The compiled kernels of one process: each is compiled, or found on the disk, when it is first asked for.
 
-Knows how kernels are called; not what they do.
+A kernel is launched when it is asked for, or written down while a step is recorded (`recording`). Knows how kernels are
+called; not what they do.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from llvmlite import ir
 from torch import Tensor
 
 from pronk.kernels.cpu.instructions import LANES, Instructions
+from pronk.kernels.cpu.recording import Recorder
 from pronk.kernels.jit import emit
 from pronk.kernels.jit.compiler import Library, load
 from pronk.kernels.jit.emit import F16, F32, I16, I64, Function, Value, vector
-from pronk.kernels.jit.threads import Team
+from pronk.kernels.jit.threads import Launch, Team, Work
 
 SOURCES = [Path(emit.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -32,16 +34,30 @@ class Code:
     def __init__(self, team: Team, instructions: Instructions) -> None:
         self.team = team
         self.instructions = instructions
+        self.recorder: Recorder | None = None
+        """While a step is recorded."""
         self._libraries: dict[str, Library] = {}
         self._addresses: dict[str, int] = {}
 
     def run(self, name: str, write: Write, arguments: Sequence[int], num_items: int, cost: float) -> None:
         """name: unlike any other kernel's, its parameters in it. write: emits what it does to items `first` to `last`,
         for the address of its `arguments`. cost: nanoseconds of an item, roughly."""
+        self.run_as_planned(name, write, arguments, Work(num_items, cost))
+
+    def run_as_planned(self, name: str, write: Write, arguments: Sequence[int], work: Work) -> None:
+        """`run`, with work that a plan writes down, and writes anew before each replay."""
         address = self._addresses.get(name)
         if address is None:
             address = self._compile(name, write)
-        self.team.run(address, arguments, num_items, cost)
+        if self.recorder is None:
+            self.team.run(address, arguments, work)
+        else:
+            self.recorder.add(Launch(address, arguments, work))
+
+    def before_replays(self, write: Callable[[], None]) -> None:
+        """write: has been called; it writes down what there is to do for what follows, anew for each replay."""
+        if self.recorder is not None:
+            self.recorder.add(write)
 
     def _compile(self, name: str, write: Write) -> int:
         def module() -> ir.Module:

@@ -295,6 +295,10 @@ class Function:
         other = self.value(other, one.type)
         return self.select(one < other, one, other)
 
+    def larger(self, one: Value, other: Number) -> Value:
+        other = self.value(other, one.type)
+        return self.select(one < other, other, one)
+
     # Arithmetic
 
     def fma(self, one: Value, two: Value, three: Value) -> Value:

@@ -4,6 +4,8 @@ The caller is one of the team. A member that has nothing to do looks for work fo
 Python needs from one operation of a step to the next, and then sleeps: whoever waits longer would take a core from the
 process that serves HTTP. What an item's result is never depends on who works on it.
 
+Launches that are alike each time can be gathered, and then made one after the other without Python in between.
+
 Functions have the form `f(arguments, first, last)`: the address of int64 arguments, and the items first to last - 1.
 """
 
@@ -15,9 +17,11 @@ import platform
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from llvmlite import ir
 
 from pronk.kernels.jit import emit
@@ -38,6 +42,8 @@ BYTES = 6 * 128
 
 FUTEX = {"x86_64": 202, "aarch64": 98}
 """The number of Linux's system call."""
+LAUNCH = ("function", "arguments", "work")
+"""Addresses, side by side in `Launches`."""
 HAS_FUTEX = sys.platform == "linux" and platform.machine() in FUTEX
 WAIT, WAKE = 128, 129
 """Its operations, within one process."""
@@ -45,15 +51,54 @@ SLEEP_MICROSECONDS = 50
 """Between looks, where there is no futex."""
 
 
+class Work:
+    """How many items a launch has, and how many a member takes at least. A launch that was gathered reads it anew."""
+
+    def __init__(self, num_items: int = 0, cost: float = 1.0) -> None:
+        self._numbers = (ctypes.c_int64 * 2)()
+        self.address = ctypes.addressof(self._numbers)
+        self.set(num_items, cost)
+
+    def set(self, num_items: int, cost: float) -> None:
+        """cost: nanoseconds of an item, roughly."""
+        # So many that they are worth a thread's waking up.
+        self._numbers[0], self._numbers[1] = num_items, math.ceil(WORTH_TAKING / max(cost, 1.0))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of `Team.run`."""
+
+    function: int
+    """Its address."""
+    arguments: Sequence[int]
+    work: Work
+
+
+class Launches:
+    """Several, in order, as `Team.replay` takes them."""
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self.count = len(launches)
+        self._kept = [(np.array(each.arguments, np.int64), each.work) for each in launches]
+        rows = [
+            (launch.function, arguments.ctypes.data, work.address)
+            for launch, (arguments, work) in zip(launches, self._kept, strict=True)
+        ]
+        self._rows = np.array(rows, np.int64).reshape(-1, len(LAUNCH))
+        self.address: int = self._rows.ctypes.data
+
+
 class Team:
     """num_threads members, the caller among them; for one caller at a time. They go when it is closed, or forgotten."""
 
     def __init__(self, num_threads: int) -> None:
         self.num_threads = num_threads
-        library = load("threads", [Path(__file__), Path(emit.__file__)], f"{LOOKS}", write)
+        library = load("threads", [Path(__file__), Path(emit.__file__)], f"{SHARES}, {LOOKS}", write)
         memory = ctypes.create_string_buffer(BYTES + 128)
         self._place = -(-ctypes.addressof(memory) // 128) * 128
-        self._run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(library.address("run"))
+        self._run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)(library.address("run"))
+        self._replay = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(library.address("replay"))
         members = [
             threading.Thread(target=_join, args=(library, memory, self._place), daemon=True, name="pronk-kernels")
             for _ in range(num_threads - 1)
@@ -64,16 +109,18 @@ class Team:
         self._kept = library, memory
         self.close = weakref.finalize(self, _stop, library, memory, self._place, members)
 
-    def run(self, function: int, arguments: Sequence[int], num_items: int, cost: float) -> None:
-        """function: its address; cost: nanoseconds of an item, roughly. Returns when all items are done.
+    def run(self, function: int, arguments: Sequence[int], work: Work) -> None:
+        """function: its address. Returns when all items are done.
 
         Items are taken some at a time: so many that the work is worth a thread's waking up, and so few that whoever is
         held up leaves the rest to others.
         """
-        chunk = max(math.ceil(num_items / (self.num_threads * SHARES)), math.ceil(WORTH_TAKING / max(cost, 1.0)))
         packed = (ctypes.c_int64 * len(arguments))(*arguments)
-        others = min(self.num_threads, -(-num_items // chunk)) - 1
-        self._run(self._place, function, ctypes.addressof(packed), num_items, chunk, others)
+        self._run(self._place, function, ctypes.addressof(packed), work.address, self.num_threads)
+
+    def replay(self, launches: Launches) -> None:
+        """`run` each."""
+        self._replay(self._place, launches.address, launches.count, self.num_threads)
 
 
 def _join(library: Library, memory: object, place: int) -> None:
@@ -91,8 +138,11 @@ def _stop(library: Library, memory: object, place: int, members: list[threading.
 
 def write() -> ir.Module:
     module = ir.Module("threads")
-    with Function(module, "run", ["team", "function", "arguments", "items", "chunk", "others"]) as f:
-        _write_run(f)
+    with Function(module, "run", ["team", "function", "arguments", "work", "threads"]) as f:
+        _write_run(f, {name: f.argument(name) for name in LAUNCH})
+    with Function(module, "replay", ["team", "launches", "count", "threads"]) as f, f.loop(0, f.argument("count")) as n:
+        place = f.argument("launches") + n * (8 * len(LAUNCH))
+        _write_run(f, {name: f.load(place + 8 * field, I64) for field, name in enumerate(LAUNCH)})
     with Function(module, "join", ["team"]) as f:
         _write_join(f)
     with Function(module, "stop", ["team"]) as f:
@@ -103,14 +153,22 @@ def write() -> ir.Module:
     return module
 
 
-def _write_run(f: Function) -> None:
+def _write_run(f: Function, launch: Mapping[str, Value]) -> None:
     """Open the round, work, close it, and wait for those who are still at work. A member that comes late finds it
     closed, or finds the next one open, and nobody waits for it."""
-    team = f.argument("team")
+    team, threads = f.argument("team"), f.argument("threads")
+    items, least = f.load(launch["work"], I64), f.load(launch["work"] + 8, I64)
+    pieces = threads * SHARES
+    chunk = f.larger((items + pieces - 1) // pieces, least)
     f.atomic_store(0, team + NEXT)
-    for name, field in (("function", FUNCTION), ("arguments", ARGUMENTS), ("items", ITEMS), ("chunk", CHUNK)):
-        f.store(f.argument(name), team + field)
-    with f.when(f.argument("others") > 0):
+    for field, value in (
+        (FUNCTION, launch["function"]),
+        (ARGUMENTS, launch["arguments"]),
+        (ITEMS, items),
+        (CHUNK, chunk),
+    ):
+        f.store(value, team + field)
+    with f.when((items > chunk) & (threads > 1)):
         f.atomic_store(1, team + OPEN)
         f.atomic_add(team + ROUND, 1)
         with f.when(f.atomic_load(team + SLEEPERS) > 0):

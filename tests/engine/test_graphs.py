@@ -13,7 +13,7 @@ import torch
 
 from pronk.engine.config import EngineConfig, replace
 from pronk.engine.core import EngineCore
-from pronk.engine.graphs import CudaCapture, StepResult
+from pronk.engine.graphs import GPU_BUCKETS, CudaCapture, StepResult
 from pronk.engine.request import Request, SamplingParams, TokenLogprobs
 from pronk.engine.runner import ModelRunner, load_runner, with_graphs
 from pronk.engine.tokenizer import Vocabulary, load_vocabulary
@@ -47,7 +47,9 @@ def loaded(
     write_checkpoint: Callable[..., Path],
 ) -> tuple[EngineConfig, ModelRunner, Vocabulary]:
     folder = write_checkpoint(tmp_path_factory.mktemp("graphs"), tiny_llama("1b"), dtype="float32")
-    config = replace(EngineConfig(model=str(folder), max_model_len=600), memory="8MiB", max_num_seqs=8)
+    config = replace(
+        EngineConfig(model=str(folder), max_model_len=600, enforce_eager=True), memory="8MiB", max_num_seqs=8
+    )
     return config, load_runner(config, folder, lambda done, total: None), load_vocabulary(folder)
 
 
@@ -96,7 +98,7 @@ def test_a_captured_step_gives_the_same_answers(
     config, runner, vocabulary = loaded
     plain = answers(EngineCore(config, runner, vocabulary), one_by_one=True)
     capture = PlayedCapture()
-    captured = dataclasses.replace(with_graphs(runner, capture, max_num_seqs=8), overlaps=overlaps)
+    captured = dataclasses.replace(with_graphs(runner, capture, GPU_BUCKETS, max_num_seqs=8), overlaps=overlaps)
     core = EngineCore(config, captured, vocabulary)
     assert answers(core, one_by_one=one_by_one) == plain
     assert capture.replayed > capture.captured > 2
@@ -106,7 +108,7 @@ def test_a_captured_step_gives_the_same_answers(
 def test_what_is_captured_ahead_is_what_decoding_needs(loaded: tuple[EngineConfig, ModelRunner, Vocabulary]) -> None:
     config, runner, vocabulary = loaded
     capture = PlayedCapture()
-    core = EngineCore(config, with_graphs(runner, capture, max_num_seqs=8), vocabulary)
+    core = EngineCore(config, with_graphs(runner, capture, GPU_BUCKETS, max_num_seqs=8), vocabulary)
     while core.prepare():
         pass
     ahead = capture.captured
@@ -122,12 +124,42 @@ def test_a_step_too_large_for_any_graph_is_launched_without_one(
 ) -> None:
     config, runner, vocabulary = loaded
     capture = PlayedCapture()
-    wide = dataclasses.replace(with_graphs(runner, capture, max_num_seqs=8), max_num_batched_tokens=10_000)
+    wide = dataclasses.replace(with_graphs(runner, capture, GPU_BUCKETS, max_num_seqs=8), max_num_batched_tokens=10_000)
     core = EngineCore(config, wide, vocabulary)
     for name in ("a", "b"):
         core.add(Request(request_id=name, prompt=[1] * 560, params=SamplingParams(max_tokens=1)))
         core.step()
     assert capture.captured == 0
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize(("dtype", "quantization", "threads"), [("float32", "none", 1), ("bfloat16", "int8", 3)])
+def test_recorded_on_a_cpu(
+    tmp_path: Path,
+    tiny_llama: Callable[..., dict[str, object]],
+    write_checkpoint: Callable[..., Path],
+    dtype: str,
+    quantization: str,
+    threads: int,
+    one_by_one: bool,
+) -> None:
+    """Not played: the kernels' own recordings, which `load_runner` chooses."""
+    folder = write_checkpoint(tmp_path, tiny_llama("1b", head_dim=64), dtype=dtype)
+    config = replace(
+        EngineConfig(model=str(folder), max_model_len=2500, quantization=quantization, cpu_threads=threads),
+        memory="8MiB",
+        max_num_seqs=8,
+    )
+    vocabulary = load_vocabulary(folder)
+    eager = load_runner(replace(config, enforce_eager=True), folder, lambda done, total: None)
+    assert eager.graphs is None
+    plain = answers(EngineCore(config, eager, vocabulary), one_by_one=True)
+    recorded = load_runner(config, folder, lambda done, total: None)
+    core = EngineCore(config, recorded, vocabulary)
+    assert answers(core, one_by_one=one_by_one) == plain
+    assert recorded.graphs is not None
+    assert recorded.graphs.num_captured > (0 if one_by_one else 4)
+    assert core.stats.blocks_used == 0
 
 
 @pytest.mark.gpu
@@ -144,5 +176,5 @@ def test_captured_in_earnest(
     runner = load_runner(config, folder, lambda done, total: None)
     vocabulary = load_vocabulary(folder)
     plain = answers(EngineCore(config, runner, vocabulary), one_by_one=True)
-    captured = with_graphs(runner, CudaCapture(), max_num_seqs=8)
+    captured = with_graphs(runner, CudaCapture(), GPU_BUCKETS, max_num_seqs=8)
     assert answers(EngineCore(config, captured, vocabulary), one_by_one=False) == plain

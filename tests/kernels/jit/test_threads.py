@@ -11,7 +11,7 @@ from llvmlite import ir
 from pronk.kernels.jit import threads
 from pronk.kernels.jit.compiler import Library, load
 from pronk.kernels.jit.emit import I64, Function
-from pronk.kernels.jit.threads import Team
+from pronk.kernels.jit.threads import Team, Work
 
 
 def write() -> ir.Module:
@@ -36,7 +36,7 @@ def test_each_item_is_done_once(library: Library, num_threads: int, rounds: list
     try:
         for num_items, cost in rounds:
             counts = np.zeros(num_items + 1, np.int64)
-            team.run(library.address("count"), [counts.ctypes.data], num_items, cost)
+            team.run(library.address("count"), [counts.ctypes.data], Work(num_items, cost))
             assert (counts[:num_items] == 1).all()
             assert counts[num_items] == 0
     finally:
@@ -50,7 +50,7 @@ def test_a_thousand_rounds_with_members_asleep_and_awake(library: Library, monke
         team = Team(3)
         counts = np.zeros(50, np.int64)
         for _ in range(1000):
-            team.run(library.address("count"), [counts.ctypes.data], 50, 1e6)
+            team.run(library.address("count"), [counts.ctypes.data], Work(50, 1e6))
         team.close()
         assert (counts == 1000).all()
 
@@ -60,5 +60,5 @@ def test_a_team_that_was_closed_is_its_caller_alone(library: Library) -> None:
     team = Team(4)
     team.close()
     counts = np.zeros(10, np.int64)
-    team.run(library.address("count"), [counts.ctypes.data], 10, 1e6)
+    team.run(library.address("count"), [counts.ctypes.data], Work(10, 1e6))
     assert (counts == 1).all()
