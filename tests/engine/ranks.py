@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pronk.engine.config import EngineConfig
 from pronk.engine.orders import Order, Stop, decode, encode
-from pronk.engine.parallel import Collectives, Ranks
+from pronk.engine.parallel import ALONE, Collectives, Ranks
 from pronk.engine.runner import ModelRunner, load_runner
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Crew:
 
     def __init__(self, config: EngineConfig, folder: Path, size: int) -> None:
         self._orders: list[queue.SimpleQueue[bytes]] = [queue.SimpleQueue() for _ in range(size - 1)]
-        ranks = groups(size)
+        ranks: Sequence[Collectives] = groups(size) if size > 1 else [ALONE]
         with ThreadPoolExecutor(size) as pool:
             runners = list(pool.map(lambda group: self._load(config, folder, group), ranks))
         self.runner = runners[0]
@@ -110,12 +110,13 @@ class Crew:
             assert not thread.is_alive()
 
 
-def _follow(runner: ModelRunner, orders: queue.SimpleQueue[bytes], first: Ranks) -> None:
+def _follow(runner: ModelRunner, orders: queue.SimpleQueue[bytes], first: Collectives) -> None:
     last = None
     try:
         while not isinstance(order := decode(orders.get()), Stop):
             last = runner.carry_out(order, last)
     except BaseException:
+        assert isinstance(first, Ranks)
         assert isinstance(first.exchange, ThreadExchange)
         first.exchange.table.barrier.abort()
         raise

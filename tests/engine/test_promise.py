@@ -75,14 +75,15 @@ Answer = tuple[list[int], list[TokenLogprobs], str | None, list[TokenLogprobs]]
 
 class Engine:
     """One loaded model, run under any schedule. What earlier runs left in the cache's tensors stays there. Answers to
-    compare with are made by one thread of each rank, whatever the others are made by."""
+    compare with are made by one thread of each rank, operation by operation, whatever the others are made by."""
 
     def __init__(self, folder: Path, dtype: str, quantization: str, cpu_threads: int, ranks: int) -> None:
         config = EngineConfig(
             model=str(folder), dtype=dtype, quantization=quantization, cpu_threads=cpu_threads, max_model_len=MAX_LEN
         )
         self.config = replace(config, memory="8MiB")
-        self.crews = [Crew(config, folder, ranks) for config in (self.config, replace(self.config, cpu_threads=1))]
+        plain = replace(self.config, cpu_threads=1, enforce_eager=True)
+        self.crews = [Crew(config, folder, ranks) for config in (self.config, plain)]
         self.runner, self.alone = (crew.runner for crew in self.crews)
         self.vocabulary: Vocabulary = load_vocabulary(folder)
 
