@@ -130,9 +130,9 @@ def serve(link: Link, config: EngineConfig, seat: Seat) -> None:
     """Gather the ranks, load, say so, then receive, step and send until told to stop."""
     try:
         company = company_of(seat, config)
+        link.send(wire.Progress("starting" if config.position is None else "waiting for the other ranks"))
         if company is not None:
             check_size(config, Path(config.model), company.size, company.neighbours)
-        link.send(wire.Progress("starting" if config.position is None else "waiting for the other ranks"))
         leading = Leading(None if company is None else company.lead(config.step_timeout or math.inf))
         try:
             lead_on(link, config, seat.pulse, company, leading)
