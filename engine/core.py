@@ -67,6 +67,7 @@ class EngineCore:
             self._cache,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=runner.max_num_batched_tokens,
+            max_num_prompt_tokens=runner.max_num_prompt_tokens,
         )
         self._grammars = GrammarCompiler(
             vocabulary, runner.model.config.eos_token_ids, vocab_size=runner.model.config.vocab_size

@@ -44,8 +44,8 @@ from pronk.kernels.cpu import CpuKernels
 from pronk.kernels.cpu.cores import default_threads
 from pronk.kernels.interface import INT4_GROUP, Kernels, Queries, Samples, WeightFormat
 
-CPU_STEP_TOKENS = 128
-GPU_STEP_TOKENS = 4096
+STEP_TOKENS: Mapping[str, tuple[int, int | None]] = {"cpu": (128, 48), "cuda": (4096, None)}
+"""In all, and of prompts beside sequences that decode."""
 SCORED_TOGETHER = 64
 """Rows of logits that are worked out at once for log probabilities of a prompt: 32 MB of a large vocabulary."""
 
@@ -122,6 +122,8 @@ class ModelRunner:
     dtype: torch.dtype
     block_size: int
     max_num_batched_tokens: int
+    max_num_prompt_tokens: int | None
+    """Of a step in which sequences decode; None: what they leave of it."""
     deltas: Deltas
     builder: BatchBuilder
     last_tokens: Tensor
@@ -340,7 +342,7 @@ def load_runner(
         )
         plan, cache = make_cache(config, split, dtype=cache_dtype, device=device, tp=tp)
         last_tokens = torch.zeros(config.scheduler.max_num_seqs + 1, dtype=torch.int64, device=device)
-    default_tokens = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
+    default_tokens, default_prompt_tokens = STEP_TOKENS[device.type]
     builder = BatchBuilder(
         num_slots=config.scheduler.max_num_seqs, max_model_len=plan.max_model_len, block_size=config.cache.block_size
     )
@@ -352,6 +354,7 @@ def load_runner(
         dtype=dtype,
         block_size=config.cache.block_size,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens or default_tokens,
+        max_num_prompt_tokens=config.scheduler.max_num_prompt_tokens or default_prompt_tokens,
         deltas=Deltas(config.scheduler.max_num_seqs),
         builder=builder,
         last_tokens=last_tokens,

@@ -51,7 +51,15 @@ class Scheduler:
     running sequence is never preempted, so one always moves on; none is preempted while a step runs.
     """
 
-    def __init__(self, cache: CacheManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        cache: CacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_prompt_tokens: int | None = None,
+    ) -> None:
+        """max_num_prompt_tokens: of a step in which sequences decode; None: what they leave of the step."""
         self.cache = cache
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -61,6 +69,7 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs))
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_prompt_tokens = max_num_prompt_tokens or max_num_batched_tokens
 
     @property
     def has_work(self) -> bool:
@@ -91,7 +100,7 @@ class Scheduler:
         # Whoever must give up blocks may be in the step that runs: first let that end.
         if self._steps_running and self._reserved() > self.cache.pool.num_free:
             return []
-        budget = self._max_num_batched_tokens
+        budget = self._budget()
         rows: dict[Sequence, Row] = {}
         for sequence in sorted(self.running, key=lambda sequence: sequence.num_remaining > 1):
             if not budget:
@@ -129,6 +138,12 @@ class Scheduler:
                     sequence.finish("length")
             if sequence.status is Status.FINISHED:
                 self.remove(sequence)
+
+    def _budget(self) -> int:
+        """Tokens of the step: fewer where somebody waits for it to stream on."""
+        num_decoding = sum(sequence.num_remaining == 1 for sequence in self.running)
+        most = num_decoding + self._max_num_prompt_tokens if num_decoding else self._max_num_batched_tokens
+        return min(most, self._max_num_batched_tokens)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, rows: dict[Sequence, Row]) -> bool:
         """Give it blocks for num_tokens, taking them from the youngest. -> False when it had to give up its own."""

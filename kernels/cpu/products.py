@@ -249,10 +249,10 @@ def _tiles(job: Job, scratch: Value, row: Value, count: int) -> None:
         for m, address in enumerate(rows):
             load_tile(f, 4 + m, address + k * 4, row_bytes)
         for n, block in enumerate(blocks):
-            tile = block + k * TILE_BYTES
+            place = block + k * TILE_BYTES
             for line in range(TILE_ROWS):
-                f.prefetch(tile + (AHEAD + line * TILE_BYTES))
-            load_tile(f, 6 + n, tile, f.value(TILE_BYTES))
+                f.prefetch(place + (AHEAD + line * TILE_BYTES))
+            load_tile(f, 6 + n, place, f.value(TILE_BYTES))
             for m in range(count):
                 multiply_tiles(f, 2 * m + n, 4 + m, 6 + n, integers=job.kind == "int8")
     for m, tile_rows in enumerate([job.first_rows, job.second_rows][:count]):

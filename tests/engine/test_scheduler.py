@@ -51,16 +51,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([1, 2, 4, 16]),
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 40),
+        prompt_budget=st.none() | st.integers(1, 20),
         prefix_caching=st.booleans(),
         depth=st.sampled_from([1, 2]),
     )
     def start(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, prefix_caching: bool, depth: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        budget: int,
+        prompt_budget: int | None,
+        prefix_caching: bool,
+        depth: int,
     ) -> None:
         """depth: steps that may run at the same time; with 2 the next is planned before the last one's tokens are
         known."""
         self.cache = CacheManager(num_blocks, block_size, enable_prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(self.cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+        self.scheduler = Scheduler(
+            self.cache,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_num_prompt_tokens=prompt_budget,
+        )
         self.max_num_seqs, self.budget = max_num_seqs, budget
         self.capacity = num_blocks * block_size
         self.depth = depth
@@ -227,10 +240,16 @@ def run_step(scheduler: Scheduler, token: int = 0) -> list[Row]:
 
 
 def make_scheduler(
-    num_blocks: int = 100, block_size: int = 4, *, budget: int = 1000, seqs: int = 10, caching: bool = True
+    num_blocks: int = 100,
+    block_size: int = 4,
+    *,
+    budget: int = 1000,
+    prompt_budget: int | None = None,
+    seqs: int = 10,
+    caching: bool = True,
 ) -> Scheduler:
     cache = CacheManager(num_blocks, block_size, enable_prefix_caching=caching)
-    return Scheduler(cache, max_num_seqs=seqs, max_num_batched_tokens=budget)
+    return Scheduler(cache, max_num_seqs=seqs, max_num_batched_tokens=budget, max_num_prompt_tokens=prompt_budget)
 
 
 def test_decodes_go_before_a_long_prompt() -> None:
@@ -243,6 +262,31 @@ def test_decodes_go_before_a_long_prompt() -> None:
         rows = {row.sequence.request_id: row.num_tokens for row in run_step(scheduler)}
         assert rows == {"stream": 1, "long": 9}
     assert stream.num_output == 5
+
+
+def test_beside_streams_prompts_take_less_of_a_step() -> None:
+    scheduler = make_scheduler(num_blocks=1000, budget=30, prompt_budget=8)
+    first, second, long = (make_sequence(name, [number] * 40, 9) for number, name in enumerate(("a", "b", "long")))
+    scheduler.add(first)
+    scheduler.add(second)
+    assert [row.num_tokens for row in run_step(scheduler)] == [15, 15]  # nobody streams yet
+    while first.num_remaining > 1:
+        run_step(scheduler)
+    scheduler.add(long)
+    while second.num_remaining > 1:
+        assert sum(row.num_tokens for row in run_step(scheduler)) == 1 + 8
+    for _ in range(3):
+        rows = {row.sequence.request_id: row.num_tokens for row in run_step(scheduler)}
+        assert rows == {"a": 1, "b": 1, "long": 8}
+
+
+def test_streams_alone_fill_a_step() -> None:
+    scheduler = make_scheduler(budget=6, prompt_budget=2, seqs=5)
+    for number in range(5):
+        scheduler.add(make_sequence(str(number), [number], 9))
+    while any(sequence.num_output == 0 for sequence in [*scheduler.running, *scheduler.waiting]):
+        run_step(scheduler)
+    assert sum(row.num_tokens for row in run_step(scheduler)) == 5
 
 
 def test_a_long_prompt_leaves_room_for_the_next() -> None:
