@@ -14,7 +14,7 @@ import llguidance
 import numpy as np
 
 from pronk.engine.grammar.deep import COMPILER_STACK, run_deep
-from pronk.engine.grammar.judge import Judges
+from pronk.engine.grammar.judge import SECONDS, Judges
 from pronk.engine.grammar.matcher import Mask, Matcher, Tokens
 from pronk.engine.grammar.notation import translate
 from pronk.engine.grammar.shortest import ByteTokenizer, first_completion, start
@@ -28,17 +28,25 @@ _FEW_ROWS = 8  # fewer are not worth the library's thread pool
 class GrammarCompiler:
     """Compiles grammars for one vocabulary. May be shared by threads; `fill` is one thread's."""
 
-    def __init__(self, vocabulary: Vocabulary, eos_token_ids: Collection[int], vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        eos_token_ids: Collection[int],
+        vocab_size: int | None = None,
+        *,
+        seconds: float = SECONDS,
+    ) -> None:
         """Costs nothing yet.
 
         eos_token_ids: the tokens that end a completion: at least one. A mask allows them where the text is complete.
-        vocab_size: as many as a row of logits is wide; None is as many as have a token.
+        vocab_size: as many as a row of logits is wide; None is as many as have a token. seconds: of processor time
+        that `check` takes at most.
         """
         self._vocabulary = vocabulary
         self._eos_token_ids = sorted(eos_token_ids)
         self._vocab_size = vocab_size or vocabulary.size
         self._lock = threading.Lock()
-        self._judges = Judges(vocabulary, self._eos_token_ids)
+        self._judges = Judges(vocabulary, self._eos_token_ids, seconds)
         self._compiled: OrderedDict[Grammar, Matcher] = OrderedDict()
 
     def prepare(self) -> None:
@@ -47,8 +55,8 @@ class GrammarCompiler:
             self._tokens.prepare()
 
     def check(self, grammar: Grammar) -> None:
-        """Answers within a second (of processor time), whatever the grammar is, and needs no `prepare`: other processes
-        read it, which the first call starts.
+        """Answers within `seconds`, whatever the grammar is, and needs no `prepare`: other processes read it, which the
+        first call starts.
 
         Raises InvalidParameterError, which says what is wrong with it, cannot be enforced, or has no text that is short
         enough.

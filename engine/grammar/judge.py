@@ -33,7 +33,7 @@ from pronk.engine.grammar.shortest import ByteTokenizer, first_completion, start
 from pronk.engine.request import Grammar
 from pronk.engine.tokenizer import Vocabulary
 
-_SECONDS = 0.5
+SECONDS = 0.5
 """Of processor time for one grammar: on an idle machine, its answer within a second."""
 _MEMORY = 2 << 30
 """Bytes of addresses."""
@@ -45,11 +45,13 @@ _Message = TypeVar("_Message")
 _HEADER = struct.Struct("<I")
 
 
-class Specials(msgspec.Struct, frozen=True):
-    """What a judge must know of the vocabulary."""
+class Briefing(msgspec.Struct, frozen=True):
+    """What a judge must know."""
 
     special_tokens: dict[str, int]
     eos_token_ids: list[int]
+    seconds: float
+    """Of processor time for one grammar."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -62,8 +64,9 @@ class Verdict(msgspec.Struct, frozen=True):
 class Judges:
     """A few processes that judge grammars, started when they are first needed. May be shared by threads."""
 
-    def __init__(self, vocabulary: Vocabulary, eos_token_ids: Collection[int]) -> None:
-        self._specials = Specials(dict(vocabulary.special_tokens), list(eos_token_ids))
+    def __init__(self, vocabulary: Vocabulary, eos_token_ids: Collection[int], seconds: float = SECONDS) -> None:
+        """seconds: of processor time for one grammar."""
+        self._briefing = Briefing(dict(vocabulary.special_tokens), list(eos_token_ids), seconds)
         self._lock = threading.Lock()
         self._free: list[subprocess.Popen[bytes]] = []
         self._places = threading.BoundedSemaphore(NUM_JUDGES)
@@ -144,7 +147,7 @@ class Judges:
             start_new_session=True,
         )
         if judge.stdin is not None:
-            _write(judge.stdin, self._specials)
+            _write(judge.stdin, self._briefing)
         return judge
 
 
@@ -199,13 +202,13 @@ def judge(grammar: Grammar, in_bytes: ByteTokenizer) -> Verdict:
 
 def _serve() -> None:
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    specials = _read(requests, Specials)
-    if specials is None:
+    briefing = _read(requests, Briefing)
+    if briefing is None:
         return
-    in_bytes = ByteTokenizer(Vocabulary((), specials.special_tokens), specials.eos_token_ids)
+    in_bytes = ByteTokenizer(Vocabulary((), briefing.special_tokens), briefing.eos_token_ids)
     while (grammar := _read(requests, Grammar)) is not None:
         # Nobody handles SIGPROF: it ends the process, inside the library too.
-        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, briefing.seconds)
         verdict = judge(grammar, in_bytes)
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(answers, verdict)

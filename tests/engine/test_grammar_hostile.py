@@ -23,7 +23,8 @@ CRIA = load_vocabulary(Path(__file__).parent.parent.parent / "engine" / "cria")
 
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[GrammarCompiler]:
-    compiler = GrammarCompiler(CRIA, [CRIA.special_tokens["<|eot_id|>"]])
+    """With more time than a server gives: on a machine that is busy, what is refused for another reason comes near."""
+    compiler = GrammarCompiler(CRIA, [CRIA.special_tokens["<|eot_id|>"]], seconds=3)
     yield compiler
     compiler.close()
 

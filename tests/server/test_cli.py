@@ -18,10 +18,11 @@ from pronk.server.options import assemble, options_of, warnings_about
 OPTIONS = list(options_of(ServerConfig))
 PROMISED = {
     "--host", "--port", "--api-key", "--served-model-name", "--dtype", "--device", "--max-model-len", "--max-num-seqs",
-    "--max-num-batched-tokens", "--max-num-prompt-tokens", "--block-size", "--kv-cache-memory", "--load-format", "--tensor-parallel-size",
+    "--max-num-batched-tokens", "--block-size", "--kv-cache-memory", "--load-format", "--tensor-parallel-size",
     "--seed", "--no-enable-prefix-caching", "--shutdown-timeout", "--log-level", "--allowed-origins", "--max-waiting",
     "--keep-alive", "--stream-timeout", "--max-stored-responses", "--kv-cache-dtype", "--enforce-eager",
     "--quantization", "--vendor-products", "--cpu-threads", "--step-timeout", "--start-timeout",
+    "--max-num-prompt-tokens",
 }  # fmt: skip
 
 
