@@ -18,6 +18,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -41,17 +42,35 @@ NEW = frozenset(
 """Operations that give memory with nothing in it."""
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What was written down, to be called again."""
+
+    calls: Sequence[Call]
+    constants: Sequence[Tensor]
+    """Held: launches know their addresses."""
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
+
+
 class Recorder:
     """Writes down."""
 
     def __init__(self) -> None:
         self._parts: list[Launch | Call] = []
+        self._constants: list[Tensor] = []
 
     def add(self, part: Launch | Call) -> None:
         self._parts.append(part)
 
-    def calls(self, team: Team) -> list[Call]:
-        """What was written down, neighbouring launches as one call."""
+    def keep(self, constant: Tensor) -> None:
+        """constant: numbers that the host wrote."""
+        self._constants.append(constant)
+
+    def recording(self, team: Team) -> Recording:
+        """Neighbouring launches become one call."""
         found: list[Call] = []
         launches: list[Launch] = []
 
@@ -67,7 +86,7 @@ class Recorder:
                 close()
                 found.append(part)
         close()
-        return found
+        return Recording(found, self._constants)
 
 
 class Pool:
@@ -111,11 +130,14 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = do()
         if func in NEW:
             return self._pool.empty(result.shape, result.dtype)
-        if _is_view(func):
-            return result
         if not isinstance(result, Tensor):
             raise TypeError(f"{func} brings a step's numbers to the host, where no recording can follow them")
-        self._recorder.add(do if func._schema.is_mutable else functools.partial(_redo, do, result))
+        if func is torch.ops.aten.lift_fresh.default:
+            self._recorder.keep(result)
+        elif func._schema.is_mutable:
+            self._recorder.add(do)
+        elif not _is_view(result, args):
+            self._recorder.add(functools.partial(_redo, do, result))
         return result
 
 
@@ -123,13 +145,16 @@ def _redo(do: Callable[[], Tensor], result: Tensor) -> None:
     result.copy_(do())
 
 
-def _is_view(func: Any) -> bool:
-    return any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+def _is_view(result: Tensor, args: Sequence[Any]) -> bool:
+    """Some operations (`contiguous`, `to`) are one only if they need not copy: what they are declared to be says
+    nothing."""
+    places = [each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)]
+    return result.untyped_storage().data_ptr() in places
 
 
 def record(
     run: Callable[[], Result], team: Team, pool: Pool, using: Callable[[Recorder | None], None]
-) -> tuple[Call, Result]:
+) -> tuple[Recording, Result]:
     """-> what does again all that `run` would do, and run's result, into whose tensors each replay writes.
 
     using: is told who writes launches down, and in the end that nobody does. Raises TypeError where run looks at
@@ -141,10 +166,4 @@ def record(
         stack.callback(using, None)
         with _Operations(recorder, pool):
             result = run()
-    calls = recorder.calls(team)
-
-    def replay() -> None:
-        for call in calls:
-            call()
-
-    return replay, result
+    return recorder.recording(team), result
