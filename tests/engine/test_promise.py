@@ -145,7 +145,9 @@ def loaded(param: tuple[Any, ...], tiny_llama: Callable[..., dict[str, object]],
     """param: dtype, quantization, threads and ranks."""
     dtype, *rest, ranks = param
     heads = 6 if ranks == 1 else 8
-    config = tiny_llama("1b", hidden_size=192, intermediate_size=224, num_attention_heads=heads, num_key_value_heads=2)
+    # No width divides the lanes of a vector but those that must.
+    sizes = {"hidden_size": 216, "intermediate_size": 232, "vocab_size": 517}
+    config = tiny_llama("1b", **sizes, num_attention_heads=heads, num_key_value_heads=2)
     return Engine(write(folder, {**config, "head_dim": 64}, dtype=dtype), dtype, *rest, ranks)
 
 
