@@ -15,7 +15,7 @@ pytest.importorskip("msgspec", reason="the engine's messages need it, the kernel
 from pronk.engine import runner as runners
 from pronk.engine.config import EngineConfig, replace
 from pronk.engine.core import EngineCore
-from pronk.engine.graphs import CudaCapture, StepResult
+from pronk.engine.graphs import GPU_BUCKETS, CudaCapture, StepResult
 from pronk.engine.request import Grammar, Request, SamplingParams, TokenLogprobs
 from pronk.engine.tokenizer import load_vocabulary
 from pronk.kernels import gpu, reference
@@ -66,7 +66,9 @@ class Engine:
         runner = runners.load_runner(config, self.folder, lambda done, total: None)
         if not one_by_one:
             capture = CudaCapture() if device == "cuda" else played
-            runner = dataclasses.replace(runners.with_graphs(runner, capture, max_num_seqs=4), overlaps=True)
+            runner = dataclasses.replace(
+                runners.with_graphs(runner, capture, GPU_BUCKETS, max_num_seqs=4), overlaps=True
+            )
         return run(EngineCore(config, runner, load_vocabulary(self.folder)), one_by_one=one_by_one)
 
 
