@@ -161,6 +161,14 @@ class EngineConfig:
         "its container's quota allows; with more than two cores one is left to the process that serves HTTP)",
         flag="--cpu-threads",
     )
+    weights_cache: str | None = option(
+        None,
+        "folder in which a CPU keeps a model's weights as it has laid them out, about as large as they are in memory: "
+        "later starts map them, and neither read nor round a checkpoint (default: weights in $PRONK_CACHE, or in "
+        "pronk in the user's cache folder, for models of more than 64 MiB; off: nowhere)",
+        flag="--weights-cache",
+        metavar="FOLDER",
+    )
     vendor_products: bool = option(
         False,
         "let a GPU's vendor multiply matrices in steps of more than 64 tokens: what a request is answered then depends "

@@ -219,6 +219,8 @@ def engine_info(config: EngineConfig, runner: ModelRunner, *, runtime_bytes: int
         eos_token_ids=sorted(model.config.eos_token_ids),
         load_seconds=runner.load_seconds,
         ranks=runner.shares,
+        weights_file=None if runner.shelf is None else str(runner.shelf.path),
+        weights_mapped=runner.shelf is not None and runner.keeping is None,
         runtime_bytes=runtime_bytes,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ from pronk.engine.request import TokenLogprobs
 from pronk.engine.sampling.sampler import Sampled, SampleRow, SamplingArrays, build, read
 from pronk.engine.scheduler import Row
 from pronk.engine.sequence import Sequence
+from pronk.engine.shelf import Shelf, shelf_for
 from pronk.engine.weights.checkpoint import open_checkpoint
 from pronk.engine.weights.progress import track
 from pronk.engine.wire import RankShare
@@ -132,6 +133,10 @@ class ModelRunner:
     overlaps: bool
     """Whether a step is to be launched while the one before it runs."""
     load_seconds: float
+    shelf: Shelf | None
+    """Where packed weights are kept; None: nowhere."""
+    keeping: Iterator[None] | None
+    """Keeps them, step by step; None where they were there."""
     shares: list[RankShare]
     """What each rank has of the model."""
     tell: Callable[[Order], None]
@@ -170,11 +175,17 @@ class ModelRunner:
         return Collected(sampled, launched.prompt_logprobs)
 
     def prepare(self) -> bool:
-        """While there is nothing to do: make ready what makes later steps faster. -> whether there may be more."""
-        if self.graphs is None:
+        """While there is nothing to do: make ready what makes later steps faster, and then a later start. -> whether
+        there may be more."""
+        if self.graphs is None and self.keeping is None:
             return False
         self.tell(Prepare())
-        return self.graphs.capture_next()
+        return self._prepare_next()
+
+    def _prepare_next(self) -> bool:
+        if self.graphs is not None and self.graphs.capture_next():
+            return True
+        return self.keeping is not None and next(self.keeping, self) is not self
 
     def runtime_bytes(self) -> int | None:
         """What the processes of all ranks take now beside weights and KV cache, in a CPU's memory; what they share
@@ -203,8 +214,7 @@ class ModelRunner:
         if isinstance(order, Compute):
             return self.compute(order)
         if isinstance(order, Prepare):
-            if self.graphs is not None:
-                self.graphs.capture_next()
+            self._prepare_next()
         elif isinstance(order, Weigh):
             self.weigh()
         elif last is None:
@@ -329,18 +339,25 @@ def load_runner(
     split = choose_split(checkpoint.config, config.quantization, rank=tp.rank, size=tp.size)
     cache_dtype = choose_cache_dtype(config.cache.kv_cache_dtype, dtype, device)
     check_kernels(kernels, split.config, config.cache.block_size, dtype=dtype, cache_dtype=cache_dtype, device=device)
+    shelf = None
+    if isinstance(kernels, CpuKernels) and config.load_format != "dummy":
+        variant = f"{dtype} {weight_format} {tp.rank} of {tp.size}"
+        num_bytes = checkpoint.num_bytes(split.cut)
+        shelf = shelf_for(config.weights_cache, folder, kernels, variant=variant, num_bytes=num_bytes)
     with torch.inference_mode():
-        model = llama.load(
+        kept = None if shelf is None else shelf.find(report)
+        parts = kept or llama.pack(
             split,
             kernels,
             track(checkpoint.tensors(split.cut), checkpoint.num_bytes(split.cut), report=report),
             dtype=dtype,
             device=device,
-            num_positions=min(config.max_model_len or 1 << 62, checkpoint.config.max_position_embeddings),
             weight_format=weight_format,
-            tp=tp,
         )
-        plan, cache = make_cache(config, split, dtype=cache_dtype, device=device, tp=tp)
+        num_positions = min(config.max_model_len or 1 << 62, checkpoint.config.max_position_embeddings)
+        model = llama.assemble(split, kernels, parts, device=device, num_positions=num_positions, tp=tp)
+        mapped = 0 if kept is None else model.nbytes
+        plan, cache = make_cache(config, split, dtype=cache_dtype, device=device, tp=tp, mapped_bytes=mapped)
         last_tokens = torch.zeros(config.scheduler.max_num_seqs + 1, dtype=torch.int64, device=device)
     default_tokens, default_prompt_tokens = STEP_TOKENS[device.type]
     builder = BatchBuilder(
@@ -361,6 +378,8 @@ def load_runner(
         graphs=None,
         overlaps=device.type == "cuda",
         load_seconds=time.monotonic() - started,
+        shelf=shelf,
+        keeping=None if shelf is None or kept is not None else shelf.keep(parts),
         shares=shares_of(model, cache, device),
         tell=tell,
     )
@@ -374,16 +393,22 @@ def load_runner(
 
 
 def make_cache(
-    config: EngineConfig, split: Split, *, dtype: torch.dtype, device: torch.device, tp: Collectives
+    config: EngineConfig,
+    split: Split,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp: Collectives,
+    mapped_bytes: int,
 ) -> tuple[memory.CachePlan, memory.KVCache]:
-    """After the weights are loaded: this rank's part of a cache that is as long on all ranks. Raises ConfigError, and
-    GroupError."""
+    """After the weights are loaded: this rank's part of a cache that is as long on all ranks. mapped_bytes: of weights
+    in a file, which the system counts as memory that it could give. Raises ConfigError, and GroupError."""
     plan = memory.plan_cache(
         split.config,
         config.cache,
         dtype=dtype,
         device=device,
-        free_bytes=share_of_memory(device, tp),
+        free_bytes=share_of_memory(device, tp, mapped_bytes),
         max_num_seqs=config.scheduler.max_num_seqs,
         max_model_len=config.max_model_len,
     )
@@ -406,15 +431,15 @@ def choose_split(model: LlamaConfig, quantization: str, *, rank: int = 0, size: 
     return split
 
 
-def share_of_memory(device: torch.device, tp: Collectives) -> int:
+def share_of_memory(device: torch.device, tp: Collectives, mapped_bytes: int) -> int:
     """Bytes that each rank may count on: what the rank with the least has, so that all plan the same cache."""
     tp.meet()
     free = memory.available_memory(device)
-    if tp.size == 1:
-        return free
     if device.type == "cpu":
         # Neighbours take from the same memory; that the first have begun while the last still look is no matter.
-        free //= tp.neighbours
+        free = max(0, free // tp.neighbours - mapped_bytes)
+    if tp.size == 1:
+        return free
     return int(tp.all_gather(torch.tensor([free], device=device)).min())
 
 

@@ -90,6 +90,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     load_seconds: float
     ranks: list[RankShare]
     """By rank."""
+    weights_file: str | None = None
+    """Where packed weights are kept, or are going to be: rank 0's."""
+    weights_mapped: bool = False
+    """Whether they were there."""
     runtime_bytes: int | None = None
     """What the processes of all ranks took beside weights and KV cache when they had made a token, what they share
     counted for each; None where that is not known."""

@@ -94,7 +94,7 @@ def start_table(info: EngineInfo, *, names: Sequence[str], url: str, needs_key: 
         ("parameters", readable_count(info.num_parameters)),
         ("dtype", info.dtype),
         ("device", f"{info.device} ({info.kernels})"),
-        ("weights", f"{readable_bytes(info.weights_bytes)}, loaded in {info.load_seconds:.1f} s"),
+        ("weights", _weights(info)),
         ("KV cache", f"{readable_bytes(info.kv_cache_bytes)}: {info.num_blocks} blocks of {info.block_size} tokens"),
         *_memory(info),
         *_ranks(info.ranks),
@@ -106,6 +106,14 @@ def start_table(info: EngineInfo, *, names: Sequence[str], url: str, needs_key: 
     table = "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
     curl = curl_line(names[0], url, needs_key=needs_key)
     return f"Pronk {pronk.__version__} is ready.\n\n{table}\n\nTry it:\n\n{curl}\n"
+
+
+def _weights(info: EngineInfo) -> str:
+    size, seconds = readable_bytes(info.weights_bytes), f"{info.load_seconds:.1f} s"
+    if info.weights_mapped:
+        return f"{size}, mapped in {seconds} from {info.weights_file}"
+    later = "" if info.weights_file is None else f"; to be kept in {info.weights_file}"
+    return f"{size}, loaded in {seconds}{later}"
 
 
 def _memory(info: EngineInfo) -> list[tuple[str, str]]:

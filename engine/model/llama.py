@@ -41,8 +41,19 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a model is assembled from, as the kernels have laid it out; made by `pack`."""
+
+    norms: dict[str, Tensor]
+    """By Hugging Face's names."""
+    weights: dict[str, Weight]
+    """ "embedding", "head", and by layer "0.qkv", "0.o", "0.gate_up", "0.down". The head of a tied model that is not
+    rounded is the embedding."""
+
+
+@dataclass(frozen=True)
 class Llama:
-    """A loaded model. Make one with `load`."""
+    """A loaded model. Make one with `load`, or with `pack` and `assemble`."""
 
     split: Split
     kernels: Kernels
@@ -116,23 +127,36 @@ def load(
     weight_format: WeightFormat = "plain",
     tp: Collectives = ALONE,
 ) -> Llama:
+    """`pack` and `assemble`."""
+    parts = pack(split, kernels, tensors, dtype=dtype, device=device, weight_format=weight_format)
+    return assemble(split, kernels, parts, device=device, num_positions=num_positions, tp=tp)
+
+
+def pack(
+    split: Split,
+    kernels: Kernels,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    weight_format: WeightFormat = "plain",
+) -> Parts:
     """tensors: all that the model has, by Hugging Face's names, in any order, each once, and cut as `split` says;
     complete and of the right shape (the checkpoint sees to that). Each is copied and packed as it comes, so what a rank
-    has is in memory once. num_positions: how far the rotary table reaches. weight_format: of the linear layers; an int4
-    model's head is int8, since errors in it are errors in the answer.
+    has is in memory once. weight_format: of the linear layers; an int4 model's head is int8, since errors in it are
+    errors in the answer.
     """
     config = split.model
     head_format: WeightFormat = "int8" if weight_format == "int4" else weight_format
-    singles: dict[str, Tensor] = {}
-    ends: dict[str, Weight] = {}
-    weights: dict[tuple[int, str], Weight] = {}
-    parts: dict[tuple[int, str], dict[int, Tensor]] = {}
+    norms: dict[str, Tensor] = {}
+    weights: dict[str, Weight] = {}
+    waiting: dict[str, dict[int, Tensor]] = {}
     # Nothing here keeps a tensor once it is packed: what was read of its file would stay in memory.
     for name, tensor in tensors:
         layer, _, rest = name.removeprefix("model.layers.").partition(".")
         place = _PLACES.get(rest.removesuffix(".weight"))
         if name in (EMBEDDING, HEAD):
-            ends |= _pack_end(
+            weights |= _pack_end(
                 kernels,
                 name,
                 _padded(tensor.to(device, dtype), split.vocab_per_rank),
@@ -141,35 +165,49 @@ def load(
             )
             continue
         if place is None:
-            singles[name] = tensor.to(device, dtype, copy=True)
+            norms[name] = tensor.to(device, dtype, copy=True)
             continue
         product, index = place
-        waiting = parts.setdefault((int(layer), product), {})
-        waiting[index] = tensor
-        if len(waiting) == _PARTS[product]:
-            del parts[int(layer), product]
-            weights[int(layer), product] = kernels.pack(
-                [waiting.pop(i).to(device, dtype) for i in range(_PARTS[product])], weight_format
+        found = waiting.setdefault(f"{layer}.{product}", {})
+        found[index] = tensor
+        if len(found) == _PARTS[product]:
+            del waiting[f"{layer}.{product}"]
+            weights[f"{layer}.{product}"] = kernels.pack(
+                [found.pop(i).to(device, dtype) for i in range(_PARTS[product])], weight_format
             )
+    return Parts(norms, weights)
+
+
+def assemble(
+    split: Split,
+    kernels: Kernels,
+    parts: Parts,
+    *,
+    device: torch.device,
+    num_positions: int,
+    tp: Collectives = ALONE,
+) -> Llama:
+    """parts: all that the model has, packed by this set. num_positions: how far the rotary table reaches."""
+    norms, weights = parts.norms, parts.weights
     return Llama(
         split=split,
         kernels=kernels,
         tp=tp,
-        embedding=Embedding(kernels, tp, split, ends[EMBEDDING]),
+        embedding=Embedding(kernels, tp, split, weights["embedding"]),
         layers=[
             Layer(
-                input_norm=singles[f"model.layers.{i}.input_layernorm.weight"],
-                qkv=weights[i, "qkv"],
-                o=weights[i, "o"],
-                post_attention_norm=singles[f"model.layers.{i}.post_attention_layernorm.weight"],
-                gate_up=weights[i, "gate_up"],
-                down=weights[i, "down"],
+                input_norm=norms[f"model.layers.{i}.input_layernorm.weight"],
+                qkv=weights[f"{i}.qkv"],
+                o=weights[f"{i}.o"],
+                post_attention_norm=norms[f"model.layers.{i}.post_attention_layernorm.weight"],
+                gate_up=weights[f"{i}.gate_up"],
+                down=weights[f"{i}.down"],
             )
-            for i in range(config.num_hidden_layers)
+            for i in range(split.model.num_hidden_layers)
         ],
-        norm=singles["model.norm.weight"],
-        head=Head(kernels, tp, split, ends[HEAD]),
-        cos_sin=cos_sin_table(config, num_positions).to(device),
+        norm=norms["model.norm.weight"],
+        head=Head(kernels, tp, split, weights["head"]),
+        cos_sin=cos_sin_table(split.model, num_positions).to(device),
     )
 
 
@@ -179,11 +217,12 @@ def _pack_end(
     """name: EMBEDDING or HEAD; table: its rows, in parts. -> the weights that are made of it, by their names: a tied
     head is made of the embedding, and is the embedding where it is not rounded."""
     if name == HEAD:
-        return {HEAD: kernels.pack(table, head_format)}
+        return {"head": kernels.pack(table, head_format)}
     embedding = kernels.pack(table)
     if not is_tied:
-        return {EMBEDDING: embedding}
-    return {EMBEDDING: embedding, HEAD: embedding if head_format == "plain" else kernels.pack(table, head_format)}
+        return {"embedding": embedding}
+    head = embedding if head_format == "plain" else kernels.pack(table, head_format)
+    return {"embedding": embedding, "head": head}
 
 
 def _padded(rows: Tensor, count: int) -> list[Tensor]:

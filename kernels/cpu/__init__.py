@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,19 @@ class CpuKernels:
     def pack(self, weight: Tensor | Sequence[Tensor], format: WeightFormat = "plain") -> Weight:
         """See `Kernels.pack`."""
         return linears.pack(self._code, weight, format)
+
+    @property
+    def layout(self) -> str:
+        """Tells weights as this set packs them from those of another machine, or of another version of this code."""
+        return self._code.fingerprint()
+
+    def take_apart(self, weight: Weight) -> tuple[dict[str, Tensor], dict[str, str | int]]:
+        """-> a packed weight's tensors by their names, and what else `put_together` needs."""
+        return linears.take_apart(_packed(weight))
+
+    def put_together(self, parts: dict[str, Any]) -> Weight:
+        """The weight again that was taken apart by a set of the same layout."""
+        return linears.PackedWeight(**parts)
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """See `Kernels.linear`."""

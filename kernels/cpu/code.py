@@ -16,7 +16,7 @@ from torch import Tensor
 from pronk.kernels.cpu.instructions import LANES, Instructions
 from pronk.kernels.cpu.recording import Recorder
 from pronk.kernels.jit import emit
-from pronk.kernels.jit.compiler import Library, load
+from pronk.kernels.jit.compiler import Library, fingerprint, load
 from pronk.kernels.jit.emit import F16, F32, I16, I64, Function, Value, vector
 from pronk.kernels.jit.threads import Launch, Team, Work
 
@@ -58,6 +58,10 @@ class Code:
         """write: has been called; it writes down what there is to do for what follows, anew for each replay."""
         if self.recorder is not None:
             self.recorder.add(write)
+
+    def fingerprint(self) -> str:
+        """Of the kernels' sources, and of all else that their code depends on."""
+        return fingerprint(SOURCES, str(self.instructions))
 
     def _compile(self, name: str, write: Write) -> int:
         def module() -> ir.Module:

@@ -43,6 +43,18 @@ class PackedWeight(Weight):
         return super().nbytes + (0 if self.sums is None else self.sums.nbytes)
 
 
+def take_apart(weight: PackedWeight) -> tuple[dict[str, Tensor], dict[str, str | int]]:
+    """-> its tensors by their names, and what else it takes to put it together again."""
+    tensors = {"data": weight.data, "scales": weight.scales, "sums": weight.sums}
+    facts: dict[str, str | int] = {
+        "out_features": weight.out_features,
+        "in_features": weight.in_features,
+        "format": weight.format,
+        "kind": weight.kind,
+    }
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}, facts
+
+
 def pack(code: Code, weight: Tensor | Sequence[Tensor], format: WeightFormat) -> PackedWeight:
     """See `Kernels.pack`. Threads read the parts where they are, and write each number once: nothing of a part's size
     is made on the way."""

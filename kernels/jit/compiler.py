@@ -66,7 +66,7 @@ def load(name: str, sources: Sequence[Path], parameters: str, write: Callable[[]
     the processor they tell one compilation from another. write: emits the functions.
     """
     folder = cache_folder()
-    path = None if folder is None else folder / f"{name}-{_fingerprint(sources, parameters)}.o"
+    path = None if folder is None else folder / f"{name}-{fingerprint(sources, parameters)}.o"
     kept = None if path is None else _read(path)
     if kept is None:
         kept = compile_object(write())
@@ -108,7 +108,8 @@ def _machine() -> Any:
     return target.create_target_machine(cpu=name, features=flags, opt=3, reloc="pic", codemodel="jitdefault", jit=True)
 
 
-def _fingerprint(sources: Sequence[Path], parameters: str) -> str:
+def fingerprint(sources: Sequence[Path], parameters: str) -> str:
+    """Differs where the same function would become other code: with its sources, LLVM, the processor, the system."""
     digest = hashlib.sha256()
     for part in (llvmlite.__version__, *host(), platform.system(), parameters):
         digest.update(part.encode() + b"\0")

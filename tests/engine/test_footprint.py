@@ -47,9 +47,10 @@ from pronk.engine.runner import load_runner
 def status(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-folder, quantization = sys.argv[1:]
+folder, quantization, kept = sys.argv[1:]
 config = EngineConfig(
-    model=folder, device="cpu", cpu_threads=2, quantization=quantization, cache=CacheConfig(memory="64MiB")
+    model=folder, device="cpu", cpu_threads=2, quantization=quantization, weights_cache=kept,
+    cache=CacheConfig(memory="64MiB"),
 )
 before = status("VmRSS")
 runner = load_runner(config, Path(folder), lambda done, total: None)
@@ -60,7 +61,10 @@ with torch.inference_mode():
         layer.keys.fill_(1)
         layer.values.fill_(1)
 total = weights + runner.cache.nbytes + runtime
-print(json.dumps(dict(before=before, peak=peak, weights=weights, total=total, filled=status("VmRSS"))))
+while kept != "off" and runner.prepare():
+    pass
+print(json.dumps(dict(before=before, peak=peak, weights=weights, total=total, filled=status("VmRSS"),
+                      mapped=kept != "off" and runner.keeping is None)))
 """
 
 needs_status = pytest.mark.skipif(not footprint.STATUS.exists(), reason="asks Linux how much memory is resident")
@@ -74,21 +78,36 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Pat
     return folder
 
 
+def loaded(checkpoint: Path, quantization: str, kept: str) -> dict[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(checkpoint), quantization, kept], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
 @needs_status
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_weights_are_in_memory_once(checkpoint: Path, quantization: str) -> None:
     # Twice: the first may have to compile kernels, and the compiler stays in its memory.
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD, str(checkpoint), quantization], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+        found = loaded(checkpoint, quantization, "off")
     file = (checkpoint / "model.safetensors").stat().st_size
     assert found["weights"] < (1.1 if quantization == "none" else 0.8) * file
     # While it loads there is, beside what has been laid out, one tensor of the file.
     assert found["peak"] - found["before"] < found["weights"] + EMBEDDING + SLACK
     assert found["filled"] - found["before"] < found["weights"] + 64 * MIB + 2 * SLACK
+    assert found["total"] == pytest.approx(found["filled"], rel=0.05)
+
+
+@needs_status
+def test_mapped_weights_count_as_weights(checkpoint: Path, tmp_path: Path) -> None:
+    """All of them from the start, though they have not been read."""
+    loaded(checkpoint, "int8", str(tmp_path))
+    found = loaded(checkpoint, "int8", str(tmp_path))
+    assert found["mapped"]
+    assert found["peak"] - found["before"] < found["weights"] + SLACK
     assert found["total"] == pytest.approx(found["filled"], rel=0.05)
 
 

@@ -21,7 +21,7 @@ PROMISED = {
     "--max-num-batched-tokens", "--block-size", "--kv-cache-memory", "--load-format", "--tensor-parallel-size",
     "--seed", "--no-enable-prefix-caching", "--shutdown-timeout", "--log-level", "--allowed-origins", "--max-waiting",
     "--keep-alive", "--stream-timeout", "--max-stored-responses", "--kv-cache-dtype", "--enforce-eager",
-    "--quantization", "--vendor-products", "--cpu-threads", "--step-timeout", "--start-timeout",
+    "--quantization", "--vendor-products", "--cpu-threads", "--step-timeout", "--start-timeout", "--weights-cache",
     "--max-num-prompt-tokens",
 }  # fmt: skip
 

@@ -102,6 +102,15 @@ def test_the_table() -> None:
     assert "rank" not in table
 
 
+def test_the_table_says_where_packed_weights_are() -> None:
+    for mapped, words in (
+        (False, "2.0 GiB, loaded in 1.5 s; to be kept in /cache/llama.safetensors\n"),
+        (True, "2.0 GiB, mapped in 1.5 s from /cache/llama.safetensors\n"),
+    ):
+        known = info(weights_file="/cache/llama.safetensors", weights_mapped=mapped)
+        assert words in start_table(known, names=("tiny",), url="http://x:1", needs_key=False)
+
+
 def test_the_table_says_what_each_of_several_ranks_has() -> None:
     most, last = RankShare(3 << 30, 1 << 30, 2, 1024), RankShare(2 << 30, 1 << 30, 1, 960)
     table = start_table(info(ranks=[most, most, most, last]), names=("tiny",), url="http://x:1", needs_key=False)
