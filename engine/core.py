@@ -185,6 +185,10 @@ class EngineCore:
         """While there is nothing to do: make ready what makes later steps faster. -> whether there may be more."""
         return self._runner.prepare()
 
+    def keep_weights(self) -> bool:
+        """See `ModelRunner.keep_weights`."""
+        return self._runner.keep_weights()
+
     def _finish(self, step: Step) -> list[Output]:
         """Collect and commit."""
         collected = self._runner.collect(step.launched)

@@ -90,6 +90,10 @@ class Prepare(msgspec.Struct, frozen=True, array_like=True, tag="prepare"):
     """Make ready what makes later steps faster."""
 
 
+class KeepWeights(msgspec.Struct, frozen=True, array_like=True, tag="keep"):
+    """Write a little more of what a later start maps."""
+
+
 class Weigh(msgspec.Struct, frozen=True, array_like=True, tag="weigh"):
     """Say how much memory the rank's process takes."""
 
@@ -104,7 +108,7 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="stop"):
     """There will be no more orders."""
 
 
-Order = Begin | Compute | Sample | Score | Prepare | Weigh | Stop
+Order = Begin | Compute | Sample | Score | Prepare | KeepWeights | Weigh | Stop
 
 
 _ENCODER = msgspec.msgpack.Encoder()

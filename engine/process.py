@@ -41,6 +41,8 @@ from pronk.engine.worker import (
 )
 
 PROGRESS_INTERVAL_SECONDS = 0.1
+PARTING_SECONDS = 5.0
+"""Of what a server waits for its engine to end."""
 
 log = logging.getLogger("pronk.engine")
 
@@ -182,11 +184,19 @@ def lead_on(link: Link, config: EngineConfig, pulse: Pulse, company: Company | N
                 num_cached = core.num_cached(message.prompt, message.cache_salt)
                 link.send(wire.CachedCount(message.query, num_cached))
             elif isinstance(message, wire.Shutdown):
+                _keep_weights(core, beat)
                 leading.tell(Stop())
                 return
         if core.has_work:
             outputs = core.step()
             link.send(wire.Step(outputs, core.stats))
+
+
+def _keep_weights(core: EngineCore, beat: Callable[[], None]) -> None:
+    """A server that was never idle has not kept all of them yet; few more seconds are spent on that."""
+    end = time.monotonic() + PARTING_SECONDS
+    while time.monotonic() < end and core.keep_weights():
+        beat()
 
 
 def warm_up(core: EngineCore, beat: Callable[[], None]) -> None:

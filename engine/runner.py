@@ -30,7 +30,7 @@ from pronk.engine.graphs import CPU_BUCKETS, GPU_BUCKETS, Buckets, Capture, Cuda
 from pronk.engine.model import llama
 from pronk.engine.model.config import LlamaConfig
 from pronk.engine.model.split import Split, check_groups, split_of
-from pronk.engine.orders import Array, Compute, Draw, Order, Prepare, Sample, Score, Weigh
+from pronk.engine.orders import Array, Compute, Draw, KeepWeights, Order, Prepare, Sample, Score, Weigh
 from pronk.engine.parallel import ALONE, Collectives
 from pronk.engine.request import TokenLogprobs
 from pronk.engine.sampling.sampler import Sampled, SampleRow, SamplingArrays, build, read
@@ -177,15 +177,18 @@ class ModelRunner:
     def prepare(self) -> bool:
         """While there is nothing to do: make ready what makes later steps faster, and then a later start. -> whether
         there may be more."""
-        if self.graphs is None and self.keeping is None:
-            return False
-        self.tell(Prepare())
-        return self._prepare_next()
+        if self.graphs is not None:
+            self.tell(Prepare())
+            if self.graphs.capture_next():
+                return True
+        return self.keep_weights()
 
-    def _prepare_next(self) -> bool:
-        if self.graphs is not None and self.graphs.capture_next():
-            return True
-        return self.keeping is not None and next(self.keeping, self) is not self
+    def keep_weights(self) -> bool:
+        """Write a little more of what a later start maps. -> whether there may be more."""
+        if self.keeping is None:
+            return False
+        self.tell(KeepWeights())
+        return next(self.keeping, self) is not self
 
     def runtime_bytes(self) -> int | None:
         """What the processes of all ranks take now beside weights and KV cache, in a CPU's memory; what they share
@@ -214,7 +217,11 @@ class ModelRunner:
         if isinstance(order, Compute):
             return self.compute(order)
         if isinstance(order, Prepare):
-            self._prepare_next()
+            if self.graphs is not None:
+                self.graphs.capture_next()
+        elif isinstance(order, KeepWeights):
+            if self.keeping is not None:
+                next(self.keeping, None)
         elif isinstance(order, Weigh):
             self.weigh()
         elif last is None:

@@ -1,17 +1,21 @@
 """Tensors kept on disk and mapped again: a file in safetensors' layout, whose pages are read where they lie.
 
 It appears whole or not at all, and is never written to again: servers that have it mapped go on with what they have.
+Until the disk has all of it, its name says which start of the machine it belongs to: after a power cut it is not read.
 Large tensors start on lines of the processor's cache. Knows names, dtypes and bytes; not what they mean.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import math
 import mmap
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +34,12 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
 LINE = 64
 PIECE = 8 << 20
-"""Bytes that are written to the disk at a time, some hundredths of a second: a few of the largest pages there are."""
+"""Bytes that are written at a time, some thousandths of a second: a few of the largest pages there are."""
 STRETCH = 256 << 20
 """Bytes that are mapped between two reports."""
 MADV_POPULATE_READ = 22
 """Linux 5.14's; Python has no name for it."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -53,41 +58,66 @@ def read(path: Path, key: str, report: Callable[[int, int], None]) -> Kept | Non
 
     report: is called with bytes done, and all. The tensors are copies on write of what the file holds.
     """
-    try:
-        with path.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError):  # the latter for an empty file
-        return None
-    try:
-        found = _tensors(pages)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if found.key != key:
-        return None
-    for start in range(0, len(pages), STRETCH):
-        report(start, len(pages))
-        _populate(pages, start, min(STRETCH, len(pages) - start))
-    report(len(pages), len(pages))
-    return found
+    for place in (path, _unsettled(path)):
+        pages = None if place is None else _pages(place)
+        found = None if pages is None else _tensors(pages)
+        if pages is None or found is None or found.key != key:
+            continue
+        if place != path:
+            _start_to_settle(path)
+        for start in range(0, len(pages), STRETCH):
+            report(start, len(pages))
+            _populate(pages, start, min(STRETCH, len(pages) - start))
+        report(len(pages), len(pages))
+        return found
+    return None
 
 
 def write(path: Path, kept: Kept) -> Iterator[None]:
-    """Into a folder that is there. Each step writes one piece, and the last puts the file in its place. Raises OSError
+    """Into a folder that is there. Each step writes one piece, and after the last the file can be read. Raises OSError
     where that cannot be done; what was written until then is removed."""
-    for rest in path.parent.glob(f"{path.stem}.*.part"):  # of a process that was killed
-        rest.unlink(missing_ok=True)
+    for ending in ("part", "unsettled"):  # of processes that were killed, and of checkpoints that were there before
+        for rest in path.parent.glob(f"{glob.escape(path.stem)}.*.{ending}"):
+            rest.unlink(missing_ok=True)
+    unsettled = _unsettled(path)
     descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             for piece in _gathered(_content(kept)):
                 while piece:
                     piece = piece[file.write(piece) :]
-                # Now, not all of it in the end: the system would hold up whoever came next.
-                os.fsync(file.fileno())
                 yield
-        Path(scratch).replace(path)
+            if unsettled is None:
+                os.fsync(file.fileno())
+        Path(scratch).replace(path if unsettled is None else unsettled)
     finally:
         Path(scratch).unlink(missing_ok=True)
+    if unsettled is not None:
+        _start_to_settle(path)
+
+
+def _unsettled(path: Path) -> Path | None:
+    """The file's name while the system may have some of it in memory alone; None where starts have no names."""
+    try:
+        boot = BOOT_ID.read_text().strip()
+    except OSError:
+        return None
+    return path.with_name(f"{path.stem}.{boot}.unsettled")
+
+
+def _start_to_settle(path: Path) -> None:
+    """The disk takes its time, and nobody is to wait for it."""
+    threading.Thread(target=_settle, args=(path,), name="settle", daemon=True).start()
+
+
+def _settle(path: Path) -> None:
+    """Whatever stops it, the file stays as good as it is: until the machine starts again."""
+    unsettled = _unsettled(path)
+    with contextlib.suppress(OSError):
+        if unsettled is not None:
+            with unsettled.open("rb") as file:
+                os.fsync(file.fileno())
+            unsettled.replace(path)
 
 
 def _gathered(parts: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -121,8 +151,23 @@ def _content(kept: Kept) -> Iterator[memoryview]:
         yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _tensors(pages: mmap.mmap) -> Kept:
-    """Raises ValueError, KeyError, TypeError or AttributeError where they are not what `write` leaves."""
+def _pages(path: Path) -> mmap.mmap | None:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError):  # the latter for an empty file
+        return None
+
+
+def _tensors(pages: mmap.mmap) -> Kept | None:
+    """None where the pages are not what `write` leaves."""
+    try:
+        return _parse(pages)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _parse(pages: mmap.mmap) -> Kept:
     start = 8 + int.from_bytes(pages[:8], "little")
     header = json.loads(pages[8:start])
     about = header.pop(METADATA)

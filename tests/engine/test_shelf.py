@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ def keep(runner: ModelRunner) -> Path:
     """-> the file, once nothing is left to prepare."""
     while runner.prepare():
         pass
+    for thread in threading.enumerate():
+        if thread.name == "settle":
+            thread.join()
     assert runner.shelf is not None
     return runner.shelf.path
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,12 @@ from pronk.engine.weights.kept import Kept
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.int32]
 
 
+def settled() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "settle":
+            thread.join()
+
+
 def silent(done: int, total: int) -> None:
     del done, total
 
@@ -29,6 +38,7 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tens
 def written(path: Path, tensors: dict[str, Tensor], key: str = "key") -> None:
     for _ in kept.write(path, Kept(key, "notes", tensors)):
         assert kept.read(path, key, silent) is None  # not before it is whole
+    settled()
 
 
 SHAPES = st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple)
@@ -110,11 +120,12 @@ def test_who_stops_in_between_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    rest, another = tmp_path / "model.abc.part", tmp_path / "other.abc.part"
-    for each in (rest, another):
+    rests = [tmp_path / "a[b].abc.part", tmp_path / "a[b].of-another-start.unsettled"]
+    others = [tmp_path / "b.abc.part", tmp_path / "a[b]-c.def.part"]
+    for each in (*rests, *others):
         each.write_bytes(b"half of a model")
-    written(tmp_path / "model.safetensors", {"a": torch.ones(4)})
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "model.safetensors", another]
+    written(tmp_path / "a[b].safetensors", {"a": torch.ones(4)})
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a[b].safetensors", *others])
 
 
 def test_who_has_the_file_mapped_keeps_what_it_has(tmp_path: Path) -> None:
@@ -124,3 +135,61 @@ def test_who_has_the_file_mapped_keeps_what_it_has(tmp_path: Path) -> None:
     written(path, {"a": torch.zeros(4)}, key="newer")
     assert found is not None
     assert found.tensors["a"].tolist() == [1.0] * 4
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[threading.Event]:
+    """Has what it was given once the event is set. -> the event. The machine's start is called "one"."""
+    arrived = threading.Event()
+    sync = os.fsync
+
+    def wait(descriptor: int) -> None:
+        arrived.wait()
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", wait)
+    monkeypatch.setattr(kept, "BOOT_ID", tmp_path / "boot_id")
+    kept.BOOT_ID.write_text("one\n")
+    yield arrived
+    arrived.set()
+    settled()
+
+
+def test_nobody_waits_for_the_disk(tmp_path: Path, slow_disk: threading.Event) -> None:
+    path = tmp_path / "model.safetensors"
+    for _ in kept.write(path, Kept("key", "", {"a": torch.ones(4)})):
+        pass
+    assert not path.exists()
+    assert kept.read(path, "key", silent) is not None
+    slow_disk.set()
+    settled()
+    assert path.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([path, kept.BOOT_ID])
+    assert kept.read(path, "key", silent) is not None
+
+
+def test_what_the_disk_may_not_have_had_at_a_power_cut_is_not_read(tmp_path: Path, slow_disk: threading.Event) -> None:
+    path = tmp_path / "model.safetensors"
+    for _ in kept.write(path, Kept("key", "", {"a": torch.ones(4)})):
+        pass
+    kept.BOOT_ID.write_text("two\n")
+    assert kept.read(path, "key", silent) is None
+
+
+def test_a_later_process_settles_what_an_earlier_one_did_not(tmp_path: Path, slow_disk: threading.Event) -> None:
+    slow_disk.set()
+    path = tmp_path / "model.safetensors"
+    written(path, {"a": torch.ones(4)})
+    path.rename(tmp_path / "model.one.unsettled")  # as if the process had ended before
+    assert kept.read(path, "key", silent) is not None
+    settled()
+    assert path.exists()
+
+
+def test_where_starts_have_no_names_the_disk_comes_first(
+    tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_disk.set()
+    monkeypatch.setattr(kept, "BOOT_ID", tmp_path / "nothing")
+    written(tmp_path / "model", {"a": torch.ones(4)})
+    assert kept.read(tmp_path / "model", "key", silent) is not None
