@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 
 import msgspec
 
 from pronk.engine import control, wire
 from pronk.engine.control import GroupEnded
+from pronk.engine.newborn import PROGRAM, Newborn
 
-PROGRAM = ("-m", "pronk.engine.host")
 READ_SIZE = 1 << 16
 HANG_UP_SECONDS = 5.0
 """How long a group may stay after its end of the link is closed: its processes are ending, and that tells why."""
@@ -56,7 +54,7 @@ class HostedGroup:
 
 
 class HostProcess:
-    """Make one with `spawn`; end it with `close`."""
+    """Make one with `spawn`, or of a `Newborn`; end it with `close`."""
 
     def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -68,25 +66,9 @@ class HostProcess:
 
     @classmethod
     def spawn(cls, program: Sequence[str] = PROGRAM) -> HostProcess:
-        """Start the process; it takes a second until it can fork. program: Python's arguments, for a host whose ranks
+        """Start the process. program: Python's arguments, for a host whose ranks
         do something else. Raises OSError."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, *program, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={
-                    # A thread that spins while it waits for others keeps the core that they, or this process, need.
-                    "OMP_WAIT_POLICY": "PASSIVE",
-                    **os.environ,
-                    # Started by numpy when it is imported, and the process must have one thread when it forks.
-                    "OPENBLAS_NUM_THREADS": "1",
-                },
-                # A Ctrl-C on the terminal is the server's to answer: it drains, then tells the engine.
-                start_new_session=True,
-            )
-        return cls(process, ours)
+        return cls(*Newborn(program).take())
 
     @property
     def has_ended(self) -> bool:

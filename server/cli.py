@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import pronk
 from pronk.engine.errors import ConfigError, PronkError
+from pronk.engine.newborn import Newborn
 from pronk.engine.torchrun import Position, position_of
 from pronk.server.config import ServerConfig
 from pronk.server.options import Parser, UsageError, add_options, assemble, options_of, unknown_flag, warnings_about
@@ -63,9 +64,13 @@ def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 
             return follow_rank_0(config.engine, position)
 
-    from pronk.server.lifecycle import serve
+    newborn = Newborn()  # has begun to import torch when the server imports what it needs
+    try:
+        from pronk.server.lifecycle import serve
 
-    return serve(config)
+        return serve(config, newborn)
+    finally:
+        newborn.end()
 
 
 def placed(config: ServerConfig, position: Position) -> ServerConfig:

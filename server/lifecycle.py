@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import signal
 import socket
@@ -20,6 +21,7 @@ import uvicorn
 
 from pronk.engine.config import EngineConfig
 from pronk.engine.errors import PronkError
+from pronk.engine.newborn import Newborn
 from pronk.server.app import create_app
 from pronk.server.config import ServerConfig
 from pronk.server.connections import watched
@@ -43,14 +45,16 @@ class BindError(PronkError):
     """The address cannot be listened on."""
 
 
-def serve(config: ServerConfig) -> int:
-    """Serve until told to stop. -> exit code: 0 after a stop that was asked for, 1 when the engine was down at the end.
+def serve(config: ServerConfig, newborn: Newborn) -> int:
+    """Serve until told to stop. newborn: is to become the engine's host. -> exit code: 0 after a stop that was asked
+    for, 1 when the engine was down at the end.
 
     Raises BindError, and what load_model raises.
     """
     configure_logging(config.log_level)
     with bind(config.host, config.port) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(Server(config, listener).run())
+        load = functools.partial(load_model, newborn=newborn)
+        return runner.run(Server(config, listener, load=load).run())
 
 
 def bind(host: str, port: int) -> socket.socket:

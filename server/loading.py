@@ -9,12 +9,14 @@ import asyncio
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pronk.engine
 from pronk.engine.client import AsyncEngine
 from pronk.engine.config import EngineConfig, replace
+from pronk.engine.host_process import HostProcess
 from pronk.engine.model.config import GenerationDefaults, load_generation_defaults
+from pronk.engine.newborn import Newborn
 from pronk.engine.tokenizer import Tokenizer
 from pronk.engine.weights.hub import resolve_model
 from pronk.engine.wire import Progress
@@ -22,11 +24,17 @@ from pronk.server.chat.template import ChatTemplate, read_chat_template, templat
 from pronk.server.config import EMBEDDED_MODEL
 from pronk.server.service import ServedModel
 
+if TYPE_CHECKING:
+    from pronk.engine.grammar import GrammarCompiler
+
 T = TypeVar("T")
 
 
-async def load_model(config: EngineConfig, on_progress: Callable[[Progress], None]) -> ServedModel:
-    """-> a model that can make tokens. Raises CheckpointError and its kinds, ConfigError, EngineStartError.
+async def load_model(
+    config: EngineConfig, on_progress: Callable[[Progress], None], newborn: Newborn | None = None
+) -> ServedModel:
+    """newborn: becomes the engine's host. -> a model that can make tokens. Raises CheckpointError and its kinds,
+    ConfigError, EngineStartError.
 
     When it is cancelled, the engine's process is gone before it returns.
     """
@@ -34,20 +42,37 @@ async def load_model(config: EngineConfig, on_progress: Callable[[Progress], Non
         lambda: resolve_model(config.model or str(embedded_folder()), load_format=config.load_format)
     )
     starting = asyncio.create_task(
-        AsyncEngine.start(replace(config, model=str(folder)), on_progress=on_progress), name="engine-start"
+        AsyncEngine.start(replace(config, model=str(folder)), on_progress=on_progress, spawn=_spawner(newborn)),
+        name="engine-start",
     )
     try:
         tokenizer, template, defaults = await _in_thread(lambda: read_text_side(folder))
+        make_compiler = await _in_thread(_grammar_compiler)
         engine = await starting
     except BaseException:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         raise
-    # Imported here: it brings numpy, which the server's first answers need not wait for.
+    grammars = make_compiler(tokenizer.vocabulary, engine.info.eos_token_ids)
+    return ServedModel(engine, tokenizer, template, defaults, grammars.check, grammars.is_checked)
+
+
+def _spawner(newborn: Newborn | None) -> Callable[[], HostProcess]:
+    """-> what makes the engine's hosts: the first of the newborn, if there is one."""
+
+    def spawn() -> HostProcess:
+        if newborn is None or newborn.is_taken:
+            return HostProcess.spawn()
+        return HostProcess(*newborn.take())
+
+    return spawn
+
+
+def _grammar_compiler() -> type[GrammarCompiler]:
+    """It brings numpy, which the server's first answers need not wait for."""
     from pronk.engine.grammar import GrammarCompiler
 
-    grammars = GrammarCompiler(tokenizer.vocabulary, engine.info.eos_token_ids)
-    return ServedModel(engine, tokenizer, template, defaults, grammars.check, grammars.is_checked)
+    return GrammarCompiler
 
 
 def embedded_folder() -> Path:

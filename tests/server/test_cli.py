@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -34,10 +35,30 @@ class Served(Exception):
 def caught_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """`serve` is not run: it hands over what it was given."""
 
-    def serve(config: ServerConfig) -> int:
+    def serve(config: ServerConfig, newborn: object) -> int:
         raise Served(config)
 
     monkeypatch.setattr("pronk.server.lifecycle.serve", serve)
+    monkeypatch.setattr("pronk.server.cli.Newborn", FakeNewborn)
+
+
+class FakeNewborn:
+    """No process."""
+
+    made: ClassVar[list[FakeNewborn]] = []
+
+    def __init__(self) -> None:
+        self.made.append(self)
+        self.has_ended = False
+
+    def end(self) -> None:
+        self.has_ended = True
+
+
+def test_a_host_that_was_started_early_does_not_stay() -> None:
+    before = len(FakeNewborn.made)
+    config_of("")
+    assert [each.has_ended for each in FakeNewborn.made[before:]] == [True]
 
 
 def config_of(arguments: str, **environment: str) -> ServerConfig:
