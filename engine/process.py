@@ -41,7 +41,7 @@ from pronk.engine.worker import (
 )
 
 PROGRESS_INTERVAL_SECONDS = 0.1
-PARTING_SECONDS = 5.0
+PARTING_SECONDS = 8.0
 """Of what a server waits for its engine to end."""
 
 log = logging.getLogger("pronk.engine")
