@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +131,8 @@ class ModelRunner:
     last_tokens: Tensor
     """int64 [slots + 1], on the device: the token that each slot's sequence sampled last; padding has the last."""
     graphs: StepGraphs | None
+    gathering: Callable[[], AbstractContextManager[None]]
+    """In which the kernels of a forward pass may be launched together, in the end."""
     overlaps: bool
     """Whether a step is to be launched while the one before it runs."""
     load_seconds: float
@@ -247,7 +250,8 @@ class ModelRunner:
         """The device's part of a step, with nothing in it that waits for the host: it can be captured."""
         known = batch.from_slots < 0
         token_ids = torch.where(known, batch.token_ids, self.last_tokens[batch.from_slots.clamp(min=0)])
-        hidden = self.model.forward(token_ids, batch, self.cache)
+        with self.gathering():
+            hidden = self.model.forward(token_ids, batch, self.cache)
         chosen = None
         if draw == "largest":
             chosen = self.model.head.largest(hidden[batch.logit_rows])
@@ -383,6 +387,7 @@ def load_runner(
         builder=builder,
         last_tokens=last_tokens,
         graphs=None,
+        gathering=nullcontext,
         overlaps=device.type == "cuda",
         load_seconds=time.monotonic() - started,
         shelf=shelf,
@@ -395,6 +400,7 @@ def load_runner(
     if device.type == "cuda":
         return with_graphs(runner, CudaCapture(), GPU_BUCKETS, max_num_seqs=config.scheduler.max_num_seqs)
     if isinstance(kernels, CpuKernels) and tp.size == 1:  # gloo's exchanges cannot be recorded
+        runner = dataclasses.replace(runner, gathering=kernels.gathering)
         return with_graphs(runner, kernels.capture, CPU_BUCKETS, max_num_seqs=config.scheduler.max_num_seqs)
     return runner
 

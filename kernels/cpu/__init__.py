@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from pronk.kernels.cpu import attention as attentions
 from pronk.kernels.cpu import linear as linears
 from pronk.kernels.cpu import sampling as samplings
-from pronk.kernels.cpu.code import DTYPES, Code, contiguous
+from pronk.kernels.cpu.code import DTYPES, Code
 from pronk.kernels.cpu.instructions import Instructions, of_this_machine
 from pronk.kernels.cpu.recording import Pool, Recorder, record
 from pronk.kernels.cpu.rows import write_largest, write_rms_norm, write_rope_and_cache, write_silu_mul
@@ -50,6 +51,11 @@ class CpuKernels:
         result, into whose tensors each replay writes."""
         return record(run, self._code.team, self._pool, self._use)
 
+    def gathering(self) -> AbstractContextManager[None]:
+        """Operations of this set that are asked for in it have happened in the end. Until then only they may read what
+        they write, in whole tensors or views of them; and all other tensors that they are given are to be kept."""
+        return self._code.gathering()
+
     def _use(self, recorder: Recorder | None) -> None:
         self._code.recorder = recorder
 
@@ -81,13 +87,13 @@ class CpuKernels:
     def linear_argmax(self, x: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
         """See `Kernels.linear_argmax`."""
         logits = self.linear(x, weight)
-        ids = torch.empty(len(x), dtype=torch.int64)
-        values = torch.empty(len(x), dtype=torch.float32)
+        ids = self._code.empty((len(x),), torch.int64)
+        values = self._code.empty((len(x),), torch.float32)
         dtype = DTYPES[logits.dtype]
         self._code.run(
             f"largest_{dtype}",
             write_largest(dtype),
-            [logits.data_ptr(), ids.data_ptr(), values.data_ptr(), logits.shape[1]],
+            [logits, ids, values, logits.shape[1]],
             len(logits),
             cost=logits.shape[1] / 4,
         )
@@ -105,14 +111,14 @@ class CpuKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `Kernels.rms_norm`."""
-        out = torch.empty(x.shape, dtype=x.dtype)
-        self._norm(contiguous(x), None, weight, out, None, eps)
+        out = self._code.empty(x.shape, x.dtype)
+        self._norm(self._code.contiguous(x), None, weight, out, None, eps)
         return out
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `Kernels.add_rms_norm`."""
-        out, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-        self._norm(contiguous(x), contiguous(residual), weight, out, total, eps)
+        out, total = self._code.empty(x.shape, x.dtype), self._code.empty(x.shape, x.dtype)
+        self._norm(self._code.contiguous(x), self._code.contiguous(residual), weight, out, total, eps)
         return out, total
 
     def _norm(
@@ -123,11 +129,11 @@ class CpuKernels:
             f"{'add_' if adds else ''}rms_norm_{dtype}",
             write_rms_norm(dtype, adds=adds),
             [
-                x.data_ptr(),
-                _address(residual),
-                weight.data_ptr(),
-                out.data_ptr(),
-                _address(total),
+                x,
+                residual,
+                weight,
+                out,
+                total,
                 x.shape[1],
                 _bits(eps),
             ],
@@ -137,14 +143,14 @@ class CpuKernels:
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See `Kernels.silu_mul`."""
-        gate_up = contiguous(gate_up)
+        gate_up = self._code.contiguous(gate_up)
         num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(num_rows, width, dtype=gate_up.dtype)
+        out = self._code.empty((num_rows, width), gate_up.dtype)
         dtype = DTYPES[gate_up.dtype]
         self._code.run(
             f"silu_mul_{dtype}",
             write_silu_mul(dtype),
-            [gate_up.data_ptr(), out.data_ptr(), width],
+            [gate_up, out, width],
             num_rows,
             cost=width,
         )
@@ -154,16 +160,24 @@ class CpuKernels:
         self, qkv: Tensor, positions: Tensor, cos_sin: Tensor, slots: Tensor, cache: LayerCache
     ) -> Tensor:
         """See `Kernels.rope_and_cache`."""
-        qkv = contiguous(qkv)
+        qkv = self._code.contiguous(qkv)
         _, num_kv_heads, block_size, head_dim = cache.keys.shape
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-        out = torch.empty(len(qkv), num_heads, head_dim, dtype=qkv.dtype)
+        out = self._code.empty((len(qkv), num_heads, head_dim), qkv.dtype)
         dtype = DTYPES[qkv.dtype]
-        tensors = [qkv, contiguous(positions), cos_sin, contiguous(slots), cache.keys, cache.values, out]
+        tensors = [
+            qkv,
+            self._code.contiguous(positions),
+            cos_sin,
+            self._code.contiguous(slots),
+            cache.keys,
+            cache.values,
+            out,
+        ]
         self._code.run(
             f"rope_and_cache_{dtype}",
             write_rope_and_cache(dtype),
-            [*(tensor.data_ptr() for tensor in tensors), num_heads, num_kv_heads, head_dim, block_size],
+            [*tensors, num_heads, num_kv_heads, head_dim, block_size],
             len(qkv),
             cost=qkv.shape[1],
         )
@@ -190,10 +204,6 @@ def _packed(weight: Weight) -> linears.PackedWeight:
     if not isinstance(weight, linears.PackedWeight):
         raise TypeError("the weight was packed by another kernel set")
     return weight
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _bits(number: float) -> int:

@@ -21,7 +21,7 @@ from pronk.kernels.cpu.attention_kernels import (
     write_merge,
 )
 from pronk.kernels.cpu.attention_tiles import MOST_ROWS, write_attend_on_tiles
-from pronk.kernels.cpu.code import DTYPES, Code, contiguous
+from pronk.kernels.cpu.code import DTYPES, Code
 from pronk.kernels.cpu.instructions import LANES, config_address
 from pronk.kernels.interface import AttentionPlan, LayerCache, Queries
 from pronk.kernels.jit.threads import Work
@@ -75,15 +75,16 @@ def plan_attention(code: Code, queries: Queries, *, num_heads: int, cache: Layer
     num_items, num_merges, num_partials = len(order.items), len(order.merges), order.num_partials
     if code.recorder is not None:
         num_items, num_merges, num_partials = _most(queries, tokens, heads, enough)
+    code.settle()  # the host is about to write
     plan = Plan(
-        items=torch.empty(num_items, len(ITEM), dtype=torch.int64),
-        merges=torch.empty(num_merges, len(MERGE_ITEM), dtype=torch.int64),
+        items=code.empty((num_items, len(ITEM)), torch.int64),
+        merges=code.empty((num_merges, len(MERGE_ITEM)), torch.int64),
         work=Work(),
         merge_work=Work(),
-        block_tables=contiguous(queries.block_tables),
+        block_tables=code.contiguous(queries.block_tables),
         num_heads=num_heads,
-        partial_sums=torch.empty(num_partials, num_kv_heads, TILE_ROWS, head_dim),
-        partial_stats=torch.empty(num_partials, num_kv_heads, TILE_ROWS, 2),
+        partial_sums=code.empty((num_partials, num_kv_heads, TILE_ROWS, head_dim), torch.float32),
+        partial_stats=code.empty((num_partials, num_kv_heads, TILE_ROWS, 2), torch.float32),
     )
     _write(plan, order, heads)
     code.before_replays(lambda: _write(plan, _order(_pieces(queries, tokens), heads, enough), heads))
@@ -178,22 +179,22 @@ def attention(code: Code, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> 
         raise ValueError(
             f"queries of {q.dtype} on a cache of {cache.keys.dtype}: the CPU kernels need the same of both"
         )
-    q = contiguous(q)
-    out = torch.empty_like(q)
+    q = code.contiguous(q)
+    out = code.empty(q.shape, q.dtype)
     _, num_kv_heads, block_size, head_dim = cache.keys.shape
     dtype = DTYPES[q.dtype]
-    partials = (plan.partial_sums.data_ptr(), plan.partial_stats.data_ptr())
+    partials = (plan.partial_sums, plan.partial_stats)
     on_tiles = _on_tiles(code, cache)
     code.run_as_planned(
         f"attend_on_tiles_{head_dim}" if on_tiles else f"attend_{dtype}_{head_dim}",
         write_attend_on_tiles(head_dim) if on_tiles else write_attend(dtype, head_dim),
         [
-            q.data_ptr(),
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
-            out.data_ptr(),
-            plan.items.data_ptr(),
-            plan.block_tables.data_ptr(),
+            q,
+            cache.keys,
+            cache.values,
+            out,
+            plan.items,
+            plan.block_tables,
             plan.block_tables.shape[1],
             plan.num_heads,
             num_kv_heads,
@@ -207,7 +208,7 @@ def attention(code: Code, q: Tensor, cache: LayerCache, plan: AttentionPlan) -> 
         code.run_as_planned(
             f"merge_{dtype}_{head_dim}",
             write_merge(dtype, head_dim),
-            [out.data_ptr(), plan.merges.data_ptr(), *partials, plan.num_heads, num_kv_heads],
+            [out, plan.merges, *partials, plan.num_heads, num_kv_heads],
             plan.merge_work,
         )
     return out

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pronk.kernels.cpu.code import DTYPES, Code, contiguous
+from pronk.kernels.cpu.code import DTYPES, Argument, Code
 from pronk.kernels.cpu.instructions import LANES, TILE_ROWS, config_address
 from pronk.kernels.cpu.packing import write_interleave, write_rows_of
 from pronk.kernels.cpu.products import GROUP, PLANES, UNIT, Kind, on_tiles, write_product
@@ -92,11 +92,11 @@ def _lay_out(code: Code, rows: Tensor, into: PackedWeight, start: int, rounded: 
     if rows.shape[1] % UNIT[into.kind]:
         rows = F.pad(rows, (0, -rows.shape[1] % UNIT[into.kind]))
     sums, row_bytes = into.sums, rows.shape[1] * rows.element_size()
-    out = [into.data[start // LANES :].data_ptr(), into.data.shape[1], 0 if sums is None else sums[start:].data_ptr()]
+    out: list[Argument] = [(into.data, start // LANES), into.data.shape[1], None if sums is None else (sums, start)]
     code.run(
         "interleave" if sums is None else "interleave_and_sum",
         write_interleave(sums=sums is not None),
-        [rows.data_ptr(), row_bytes, len(rows), row_bytes // 4, *out],
+        [rows, row_bytes, len(rows), row_bytes // 4, *out],
         padded(len(rows), LANES) // LANES,
         cost=LANES * row_bytes / BYTES_A_NANOSECOND,
     )
@@ -105,8 +105,7 @@ def _lay_out(code: Code, rows: Tensor, into: PackedWeight, start: int, rounded: 
 def _round(code: Code, rows: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     """-> out: int8 rows, as `reference.pack` rounds them; and into `scales` what they are to be multiplied by."""
     dtype, width = DTYPES[rows.dtype], rows.shape[1]
-    addresses = [rows.data_ptr(), out.data_ptr(), scales.data_ptr()]
-    code.run(f"quantize_{dtype}", write_quantize(dtype, 1), [*addresses, width, width], len(rows), cost=width)
+    code.run(f"quantize_{dtype}", write_quantize(dtype, 1), [rows, out, scales, width, width], len(rows), cost=width)
     return out
 
 
@@ -132,11 +131,11 @@ def linear(code: Code, x: Tensor, weight: PackedWeight) -> Tensor:
         raise ValueError(f"a weight in {weight.kind} and activations in {x.dtype}: load both in one dtype")
     num_rows = len(x)
     outputs = weight.data.shape[0] * LANES
-    out = x.new_empty(num_rows, outputs)
+    out = code.empty((num_rows, outputs), x.dtype)
     if num_rows:
-        rows, scales = _prepare(code, contiguous(x), weight)
+        rows, scales = _prepare(code, code.contiguous(x), weight)
         _multiply(code, rows, scales, weight, out)
-    return out if outputs == weight.out_features else out[:, : weight.out_features].contiguous()
+    return code.contiguous(out[:, : weight.out_features])
 
 
 def rows_of(code: Code, ids: Tensor, weight: PackedWeight) -> Tensor:
@@ -144,11 +143,9 @@ def rows_of(code: Code, ids: Tensor, weight: PackedWeight) -> Tensor:
     if weight.format != "plain":
         raise ValueError(f"rows of a weight in {weight.format} are not those that it was packed from")
     units, unit = weight.data.shape[1], UNIT[weight.kind]
-    out = torch.empty(len(ids), units * unit, dtype=weight.data.dtype)
-    ids = contiguous(ids)  # held by its name for as long as the kernel reads it
-    addresses = [ids.data_ptr(), weight.data.data_ptr(), out.data_ptr()]
-    code.run("rows_of", write_rows_of, [*addresses, units], len(ids), cost=units)
-    return out if units * unit == weight.in_features else out[:, : weight.in_features].contiguous()
+    out = code.empty((len(ids), units * unit), weight.data.dtype)
+    code.run("rows_of", write_rows_of, [code.contiguous(ids), weight.data, out, units], len(ids), cost=units)
+    return code.contiguous(out[:, : weight.in_features])
 
 
 def _prepare(code: Code, x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor | None]:
@@ -159,39 +156,29 @@ def _prepare(code: Code, x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tenso
     if weight.kind == "int8":
         kind, name, write = torch.int8, f"quantize_x_{dtype}", write_quantize(dtype, PLANES)
     elif on_tiles(code.instructions, weight.kind) or (dtype == "float32" and padded_width == width):
-        return x if padded_width == width else F.pad(x, (0, padded_width - width)), None
+        return code.widened(x, padded_width), None
     else:
         kind, name, write = torch.float32, f"widen_{dtype}", write_widen(dtype)
     planes = _planes(weight)
-    rows = (torch.empty if padded_width == width else torch.zeros)(num_rows * planes, padded_width, dtype=kind)
-    scales = torch.empty(num_rows) if weight.kind == "int8" else None
-    addresses = [x.data_ptr(), rows.data_ptr(), *([] if scales is None else [scales.data_ptr()])]
-    code.run(name, write, [*addresses, width, padded_width], num_rows, cost=width / 4)
+    rows = (code.empty if padded_width == width else code.zeros)((num_rows * planes, padded_width), kind)
+    scales = code.empty((num_rows,), torch.float32) if weight.kind == "int8" else None
+    tensors = [x, rows] if scales is None else [x, rows, scales]
+    code.run(name, write, [*tensors, width, padded_width], num_rows, cost=width / 4)
     return rows, scales
 
 
 def _multiply(code: Code, rows: Tensor, scales: Tensor | None, weight: PackedWeight, out: Tensor) -> None:
     """rows: as `_prepare` makes them, one after the other for each row of out."""
-    num_rows, planes = len(rows), _planes(weight)
+    num_rows = len(rows)
     if not on_tiles(code.instructions, weight.kind):
-        _run(code, rows, scales, weight, out, 0, (0, 0))
+        _run(code, rows, scales, weight, out, range(num_rows), (0, 0))
         return
     full = num_rows // (2 * TILE_ROWS) * (2 * TILE_ROWS)
-    for start, stop in ((0, full), (full, num_rows)):
-        if start < stop:
-            first = min(TILE_ROWS, stop - start)
-            second = TILE_ROWS if stop == full else stop - start - first
-            asked = slice(start // planes, stop // planes)
-            own = None if scales is None else scales[asked]
-            _run(
-                code,
-                rows[start:stop],
-                own,
-                weight,
-                out[asked],
-                config_address(first, second),
-                (first, second),
-            )
+    if full:
+        _run(code, rows, scales, weight, out, range(full), (TILE_ROWS, TILE_ROWS))
+    if full < num_rows:
+        first = min(TILE_ROWS, num_rows - full)
+        _run(code, rows, scales, weight, out, range(full, num_rows), (first, num_rows - full - first))
 
 
 def _planes(weight: PackedWeight) -> int:
@@ -205,28 +192,30 @@ def _run(
     scales: Tensor | None,
     weight: PackedWeight,
     out: Tensor,
-    config: int,
+    asked: range,
     tile_rows: tuple[int, int],
 ) -> None:
+    """asked: which of the rows."""
     dtype = DTYPES[out.dtype]
     groups = weight.data.shape[0] // GROUP
     numbers = weight.data.numel() // groups
+    start, count = asked.start // _planes(weight), len(asked) // _planes(weight)
     code.run(
         f"product_{weight.kind}_{dtype}",
         write_product(code.instructions, weight.kind, dtype),
         [
-            weight.data.data_ptr(),
-            rows.data_ptr(),
-            out.data_ptr(),
-            len(out),
+            weight.data,
+            (rows, asked.start),
+            (out, start),
+            count,
             weight.data.shape[1],
             out.stride(0) * out.element_size(),
-            0 if weight.scales is None else weight.scales.data_ptr(),
-            0 if weight.sums is None else weight.sums.data_ptr(),
-            0 if scales is None else scales.data_ptr(),
-            config,
+            weight.scales,
+            weight.sums,
+            None if scales is None else (scales, start),
+            config_address(*tile_rows) if any(tile_rows) else 0,
             *tile_rows,
         ],
         groups,
-        cost=max(numbers / PRODUCTS_A_NANOSECOND * len(rows), weight.data.nbytes / groups / BYTES_A_NANOSECOND),
+        cost=max(numbers / PRODUCTS_A_NANOSECOND * count, weight.data.nbytes / groups / BYTES_A_NANOSECOND),
     )

@@ -46,14 +46,14 @@ def _choose(code: Code, x: Tensor, batch: SamplingBatch) -> Tensor:
     """x [R, V]: logits, or what was made of them."""
     num_rows, width = x.shape
     if x.stride(1) != 1:
-        x = x.contiguous()
-    out = torch.empty(num_rows, dtype=torch.int64)
+        x = code.contiguous(x)
+    out = code.empty((num_rows,), torch.int64)
     dtype, adjusted = DTYPES[x.dtype], not batch.plain
     numbers = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.noise_keys, out)
     code.run(
         f"choose_{'adjusted_' if adjusted else ''}{dtype}",
         write_choose(dtype, adjusted=adjusted),
-        [x.data_ptr(), x.stride(0) * x.element_size(), *(each.data_ptr() for each in numbers), width],
+        [x, x.stride(0) * x.element_size(), *numbers, width],
         num_rows,
         cost=width * (1 if batch.greedy else LOOKS),
     )

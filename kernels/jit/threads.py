@@ -80,11 +80,13 @@ class Launches:
 
     def __init__(self, launches: Sequence[Launch]) -> None:
         self.count = len(launches)
-        self._kept = [(np.array(each.arguments, np.int64), each.work) for each in launches]
-        rows = [
-            (launch.function, arguments.ctypes.data, work.address)
-            for launch, (arguments, work) in zip(launches, self._kept, strict=True)
-        ]
+        self._work = [each.work for each in launches]
+        self._arguments = np.array([number for each in launches for number in each.arguments], np.int64)
+        place = self._arguments.ctypes.data
+        rows = []
+        for each in launches:
+            rows.append((each.function, place, each.work.address))
+            place += 8 * len(each.arguments)
         self._rows = np.array(rows, np.int64).reshape(-1, len(LAUNCH))
         self.address: int = self._rows.ctypes.data
 
