@@ -169,53 +169,33 @@ def _prepare(code: Code, x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tenso
 
 def _multiply(code: Code, rows: Tensor, scales: Tensor | None, weight: PackedWeight, out: Tensor) -> None:
     """rows: as `_prepare` makes them, one after the other for each row of out."""
-    num_rows = len(rows)
-    if not on_tiles(code.instructions, weight.kind):
-        _run(code, rows, scales, weight, out, range(num_rows), (0, 0))
-        return
-    full = num_rows // (2 * TILE_ROWS) * (2 * TILE_ROWS)
-    if full:
-        _run(code, rows, scales, weight, out, range(full), (TILE_ROWS, TILE_ROWS))
-    if full < num_rows:
-        first = min(TILE_ROWS, num_rows - full)
-        _run(code, rows, scales, weight, out, range(full, num_rows), (first, num_rows - full - first))
-
-
-def _planes(weight: PackedWeight) -> int:
-    """Rows that are multiplied for each row of x."""
-    return PLANES if weight.kind == "int8" else 1
-
-
-def _run(
-    code: Code,
-    rows: Tensor,
-    scales: Tensor | None,
-    weight: PackedWeight,
-    out: Tensor,
-    asked: range,
-    tile_rows: tuple[int, int],
-) -> None:
-    """asked: which of the rows."""
     dtype = DTYPES[out.dtype]
     groups = weight.data.shape[0] // GROUP
     numbers = weight.data.numel() // groups
-    start, count = asked.start // _planes(weight), len(asked) // _planes(weight)
+    configs = (0, 0)
+    if on_tiles(code.instructions, weight.kind):
+        left = len(rows) % (2 * TILE_ROWS)
+        configs = config_address(TILE_ROWS, TILE_ROWS), config_address(min(left, TILE_ROWS), max(left - TILE_ROWS, 0))
     code.run(
         f"product_{weight.kind}_{dtype}",
         write_product(code.instructions, weight.kind, dtype),
         [
             weight.data,
-            (rows, asked.start),
-            (out, start),
-            count,
+            rows,
+            out,
+            len(out),
             weight.data.shape[1],
             out.stride(0) * out.element_size(),
             weight.scales,
             weight.sums,
-            None if scales is None else (scales, start),
-            config_address(*tile_rows) if any(tile_rows) else 0,
-            *tile_rows,
+            scales,
+            *configs,
         ],
         groups,
-        cost=max(numbers / PRODUCTS_A_NANOSECOND * count, weight.data.nbytes / groups / BYTES_A_NANOSECOND),
+        cost=max(numbers / PRODUCTS_A_NANOSECOND * len(rows), weight.data.nbytes / groups / BYTES_A_NANOSECOND),
     )
+
+
+def _planes(weight: PackedWeight) -> int:
+    """Rows that are multiplied for each row of x."""
+    return PLANES if weight.kind == "int8" else 1

@@ -56,9 +56,10 @@ AHEAD = 4096
 GROUP = 2
 """Blocks that are multiplied together: an item of the work."""
 ARGUMENTS = ("weights", "x", "out", "num_rows", "num_units", "out_stride", "weight_scales", "weight_sums", "x_scales",
-             "config", "first_rows", "second_rows")  # fmt: skip
+             "config", "last_config")  # fmt: skip
 """Addresses; counts; bytes from one row of `out` to the next. x is float32 [rows, inputs], or for tiles bfloat16; for
-int8 weights it is int8 [rows, 2, inputs], as `rows.write_quantize` makes it, with scales. num_rows counts `out`'s."""
+int8 weights it is int8 [rows, 2, inputs], as `rows.write_quantize` makes it, with scales. num_rows counts `out`'s.
+last_config: of the tiles of the last rows, fewer than 2 * TILE_ROWS of x."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ def write_product(instructions: Instructions, kind: Kind, output: str) -> Write:
         arguments = arguments_of(f, ARGUMENTS)
         tiles = on_tiles(instructions, kind)
         if tiles:
-            configure_tiles(f, arguments["config"])
             scratch = f.stack(4 * TILE_ROWS * TILE_BYTES)
         with f.loop(f.argument("first"), f.argument("last")) as group:
             job = Job(f, kind, output, arguments, group)
@@ -223,25 +223,30 @@ def _scaled(job: Job, upper: Value, lower: Value, scales: Value, row: Value) -> 
 
 
 def _multiply_on_tiles(job: Job, scratch: Value) -> None:
-    """Rows of x 32 at a time, first_rows and second_rows of them in their tiles: 16 and 16, or what is left."""
+    """Rows of x two tiles at a time, and then those that are left, in one tile or two; the group's weights are in the
+    cache meanwhile."""
     f = job.f
-    step = job.first_rows + job.second_rows
-    all_rows = job.num_rows * (PLANES if job.kind == "int8" else 1)
-    with f.when(job.second_rows > 0):
-        row = f.variable(0)
-        with f.repeat_while() as repeat:
-            _tiles(job, scratch, row.get(), 2)
-            row.set(row.get() + step)
-            repeat.stop_when(row.get() >= all_rows)
-    with f.when(job.second_rows <= 0):
-        _tiles(job, scratch, f.value(0), 1)
+    num_rows = job.num_rows * (PLANES if job.kind == "int8" else 1)
+    full = num_rows // (2 * TILE_ROWS) * (2 * TILE_ROWS)
+    left = num_rows - full
+    with f.when(full > 0):
+        configure_tiles(f, job.config)
+        with f.loop(0, full, 2 * TILE_ROWS) as row:
+            _tiles(job, scratch, row, [f.value(TILE_ROWS), f.value(TILE_ROWS)])
+    with f.when(left > 0):
+        configure_tiles(f, job.last_config)
+        with f.when(left > TILE_ROWS):
+            _tiles(job, scratch, full, [f.value(TILE_ROWS), left - TILE_ROWS])
+        with f.when(left <= TILE_ROWS):
+            _tiles(job, scratch, full, [left])
 
 
-def _tiles(job: Job, scratch: Value, row: Value, count: int) -> None:
-    """`count` tiles of rows from `row` on."""
+def _tiles(job: Job, scratch: Value, row: Value, tile_rows: list[Value]) -> None:
+    """Rows from `row` on: so many in each tile."""
     f = job.f
     row_bytes = job.num_units * 4
-    rows = [job.x + row * row_bytes, job.x + (row + job.first_rows) * row_bytes][:count]
+    count = len(tile_rows)
+    rows = [job.x + (row + m * TILE_ROWS) * row_bytes for m in range(count)]
     blocks = [job.block(n) for n in range(GROUP)]
     for tile in range(2 * count):
         zero_tile(f, tile)
@@ -255,18 +260,18 @@ def _tiles(job: Job, scratch: Value, row: Value, count: int) -> None:
             load_tile(f, 6 + n, place, f.value(TILE_BYTES))
             for m in range(count):
                 multiply_tiles(f, 2 * m + n, 4 + m, 6 + n, integers=job.kind == "int8")
-    for m, tile_rows in enumerate([job.first_rows, job.second_rows][:count]):
+    for m, num_rows in enumerate(tile_rows):
         for n in range(GROUP):
             tile = 2 * m + n
             place = scratch + tile * TILE_ROWS * TILE_BYTES
             store_tile(f, tile, place, f.value(TILE_BYTES))
-            first = row + (job.first_rows if m else 0)
+            first = row + m * TILE_ROWS
             if job.kind == "bfloat16":
-                with f.loop(0, tile_rows) as i:
+                with f.loop(0, num_rows) as i:
                     job.store(f.load(place + i * TILE_BYTES, vector(F32, LANES)), first + i, n)
                 continue
             scales = job.outputs("weight_scales", n, vector(F32, LANES))
-            with f.loop(0, tile_rows, PLANES) as i:
+            with f.loop(0, num_rows, PLANES) as i:
                 totals = [f.load(place + (i + plane) * TILE_BYTES, vector(I32, LANES)) for plane in range(PLANES)]
                 own = (first + i) // PLANES
                 job.store(_scaled(job, totals[0], totals[1], scales, own), own, n)
