@@ -75,8 +75,8 @@ class Code:
 
     @contextlib.contextmanager
     def gathering(self) -> Iterator[None]:
-        """Launch in the end what is asked for meanwhile. Python's code stays in
-        the processor's caches until a launch sweeps it out, and the next few hundred lines have to be fetched anew."""
+        """Launch in the end what is asked for meanwhile. Python stays in the processor's caches so: a launch sweeps it
+        out, and what it needs for the next one has to be fetched anew."""
         self._gathers = self.recorder is None
         try:
             yield
