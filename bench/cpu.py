@@ -210,7 +210,10 @@ def sampler(kernels: CpuKernels, name: str) -> Iterator[Row]:
             yield Row("sampler", f"{parameters}, {rows}", seconds, rows * vocabulary * 2)
 
 
-# Whole steps
+# Whole steps, as the engine runs them: recorded, or with their launches gathered
+
+CHUNK = 128
+"""Tokens of a prompt in a step."""
 
 
 def steps(kernels: CpuKernels, name: str) -> Iterator[Row]:
@@ -226,11 +229,12 @@ def _steps_in(kernels: CpuKernels, name: str, format: str) -> Iterator[Row]:
     table = model.embedding.table
     read = model.nbytes - model.cos_sin.nbytes - (0 if table is model.head.weight else table.nbytes)
     for rows, context in ((1, 128), (1, 1024), (8, 192), (32, 192)):
-        run = _step(model, llama, [1] * rows, [context] * rows)
+        with torch.inference_mode():
+            run, _ = kernels.capture(_step(model, llama, [1] * rows, [context] * rows))
         cached = 4.0 * rows * context * llama.num_key_value_heads * llama.head_dim * llama.num_hidden_layers
         yield Row("step", f"{name} {format}, {rows} rows, context {context}", median(run), read + cached, tokens=rows)
     for length in (128, 1024, 8192):
-        chunks = [(min(256, length - start), start) for start in range(0, length, 256)]
+        chunks = [(min(CHUNK, length - start), start) for start in range(0, length, CHUNK)]
         runs = [_step(model, llama, [count], [start + count], head=False) for count, start in chunks]
         flops = (
             2.0
@@ -258,7 +262,8 @@ def _step(model, llama, lens: list[int], contexts: list[int], *, head: bool = Tr
 
     def run() -> Tensor | None:
         with torch.inference_mode():
-            hidden = model.forward(ids, step, layers)
+            with model.kernels.gathering():
+                hidden = model.forward(ids, step, layers)
             return model.kernels.linear_argmax(hidden[step.logit_rows], model.head.weight)[0] if head else None
 
     return run

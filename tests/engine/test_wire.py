@@ -89,6 +89,8 @@ FIELDS = {
     int: count,
     int | None: maybe() | count,
     str: text,
+    str | None: maybe() | text,
+    bool: st.booleans(),
     float: seconds,
     list[int]: st.lists(token, max_size=3),
     list[wire.RankShare]: st.lists(shares, max_size=3),
