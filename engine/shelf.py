@@ -22,7 +22,7 @@ from pronk.engine.weights import kept
 from pronk.engine.weights.kept import Kept
 from pronk.kernels.cpu import CpuKernels
 from pronk.kernels.interface import Weight
-from pronk.kernels.jit.compiler import cache_folder
+from pronk.kernels.jit.compiler import cache_folder, host
 
 OFF = "off"
 """Instead of a folder."""
@@ -57,7 +57,8 @@ class Shelf:
         """folder: of all that is kept. checkpoint: the model's. variant: what else decides what the weights are: dtype,
         format, rank. Raises OSError where the checkpoint cannot be looked at."""
         self._kernels = kernels
-        place = hashlib.sha256(f"{checkpoint.resolve()}\0{variant}".encode()).hexdigest()[:16]
+        # Machines of several kinds may share a folder.
+        place = hashlib.sha256(f"{checkpoint.resolve()}\0{variant}\0{host()[0]}".encode()).hexdigest()[:16]
         self.path = folder / f"{checkpoint.resolve().name}-{place}.safetensors"
         digest = hashlib.sha256(kernels.layout.encode())
         for file in sorted(checkpoint.iterdir()):
