@@ -229,16 +229,21 @@ class AsyncEngine:
         """Return when the group has died that torchrun started: who did so starts it again, all of it together."""
         await self._gone.wait()
 
-    async def close(self) -> None:
-        """End every process, now. What still runs gets EngineDeadError."""
+    async def close(self, *, keeps: bool = False) -> None:
+        """End every process, now. What still runs gets EngineDeadError. keeps: there are some seconds to write what a
+        later start maps, unless `kill` is called meanwhile."""
         self._closing = True
         if self.error is None:
-            self._conversation.send(wire.Shutdown())
+            self._conversation.send(wire.Shutdown(keeps))
             await asyncio.wait([self._keeper], timeout=CLOSE_SECONDS)
         else:
             self._keeper.cancel()  # it may be starting a group
         await self._host.close()
         await asyncio.wait([self._keeper])
+
+    def kill(self) -> None:
+        """Every process, at once; they are to be closed all the same."""
+        self._host.kill()
 
     async def _keep(self) -> None:
         """Listen to the group; when it has died, start another."""

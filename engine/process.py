@@ -184,7 +184,8 @@ def lead_on(link: Link, config: EngineConfig, pulse: Pulse, company: Company | N
                 num_cached = core.num_cached(message.prompt, message.cache_salt)
                 link.send(wire.CachedCount(message.query, num_cached))
             elif isinstance(message, wire.Shutdown):
-                _keep_weights(core, beat)
+                if message.keeps:
+                    _keep_weights(core, beat)
                 leading.tell(Stop())
                 return
         if core.has_work:
@@ -195,6 +196,8 @@ def lead_on(link: Link, config: EngineConfig, pulse: Pulse, company: Company | N
 def _keep_weights(core: EngineCore, beat: Callable[[], None]) -> None:
     """A server that was never idle has not kept all of them yet; few more seconds are spent on that."""
     end = time.monotonic() + PARTING_SECONDS
+    if core.keep_weights():
+        log.info("packed weights are written for later starts, for up to %g seconds", PARTING_SECONDS)
     while time.monotonic() < end and core.keep_weights():
         beat()
 

@@ -46,6 +46,9 @@ class CountCached(msgspec.Struct, frozen=True, tag="count_cached"):
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Stop now: the client has drained what it wanted drained."""
 
+    keeps: bool = False
+    """Not before packed weights are written, as far as that takes no more than some seconds."""
+
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """While loading. total 0: not known."""

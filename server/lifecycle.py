@@ -121,6 +121,7 @@ class Server:
         self._service = Service(config.model_names, max_waiting=config.max_waiting)
         self._app = create_app(self._service, config)
         self._signals = Signals()
+        self._has_drained = False
         self._http = HTTPServer(
             uvicorn.Config(
                 self._app,
@@ -153,7 +154,7 @@ class Server:
         finally:
             await self._end_http(answering)
             if model is not None:
-                await model.engine.close()
+                await self._close(model.engine)
 
     async def _until_loaded(self) -> ServedModel | None:
         """-> the model, or None when a signal came first."""
@@ -206,12 +207,27 @@ class Server:
             logger.error("stopped while the engine was down: %s", engine.error)
             return 1
         if drained:
+            self._has_drained = True
             # The engine is done; what it said may still be on its way to a client that reads slowly.
             self._http.config.timeout_graceful_shutdown = max(FLUSH_SECONDS, round(deadline - time.monotonic()))
         else:
             logger.warning("requests that are still running are cut")
             await engine.close()  # their streams end with an error event
         return 0
+
+    async def _close(self, engine: Engine) -> None:
+        """Where nobody was in a hurry so far, the engine may write what a later start maps; a second signal does not
+        wait for that."""
+        if not self._has_drained or self._signals.second.is_set():
+            await engine.close()
+            return
+        closing = asyncio.create_task(engine.close(keeps=True))
+        stopping = asyncio.create_task(self._signals.second.wait())
+        await asyncio.wait((closing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not closing.done():
+            engine.kill()
+        await _cancel(stopping)
+        await closing
 
     async def _end_http(self, answering: asyncio.Task[None]) -> None:
         """Close the listener and the connections; a second signal does not wait for them."""

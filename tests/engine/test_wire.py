@@ -104,7 +104,7 @@ TO_ENGINE = {
     wire.Add: st.builds(wire.Add, request=requests),
     wire.Abort: st.builds(wire.Abort, request_ids=st.lists(text, max_size=4)),
     wire.CountCached: st.builds(wire.CountCached, query=count, prompt=st.lists(token, max_size=4), cache_salt=text),
-    wire.Shutdown: st.just(wire.Shutdown()),
+    wire.Shutdown: st.builds(wire.Shutdown, st.booleans()),
 }
 FROM_ENGINE = {
     wire.Progress: st.builds(wire.Progress, phase=text, done=count, total=count, unit=text),

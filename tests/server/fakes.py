@@ -111,6 +111,10 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.running: set[str] = set()
         self.closed = 0
+        self.kept: bool | None = None
+        """Whether it was asked to keep weights when it was closed."""
+        self.is_slow_to_keep = False
+        self.killed = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
         self.hold_after: int | None = None
@@ -189,11 +193,18 @@ class FakeEngine:
             return False
         return True
 
-    async def close(self) -> None:
+    async def close(self, *, keeps: bool = False) -> None:
         self.closed += 1
+        self.kept = keeps
         if self.error is None:
             self.error = EngineDeadError("the engine was shut down")
         self.gate.set()
+        self._changed.set()
+        if keeps and self.is_slow_to_keep:
+            await self.killed.wait()
+
+    def kill(self) -> None:
+        self.killed.set()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until it holds, looking at every request that comes or goes, and at every step. Raises TimeoutError."""

@@ -53,6 +53,40 @@ async def test_it_answers_while_it_loads_then_serves_then_drains(
     assert f"http://127.0.0.1:{running.port}/v1" in output.out
 
 
+async def test_who_is_in_no_hurry_leaves_time_for_weights_to_be_kept(start: Start) -> None:
+    running = start()
+    await running.until_ready()
+    running.signal(signal.SIGINT)
+    assert await running.code() == 0
+    assert running.engine.kept is True
+
+
+async def test_a_second_signal_does_not_wait_for_weights_to_be_kept(start: Start) -> None:
+    running = start()
+    await running.until_ready()
+    running.engine.is_slow_to_keep = True
+    running.signal(signal.SIGINT)
+    await running.engine.until(lambda: bool(running.engine.closed))
+    assert not running.engine.killed.is_set()
+    running.signal(signal.SIGINT)
+    assert await running.code() == 0
+    assert running.engine.killed.is_set()
+
+
+async def test_who_cuts_requests_off_is_in_a_hurry(start: Start) -> None:
+    running = start()
+    await running.until_ready()
+    running.engine.gate.clear()
+    call = asyncio.create_task(running.chat(stream=True))
+    await running.engine.until(lambda: bool(running.engine.running))
+    running.signal(signal.SIGINT)
+    await running.until_health_is(503)
+    running.signal(signal.SIGINT)
+    assert await running.code() == 0
+    await call
+    assert running.engine.kept is False
+
+
 async def test_the_curl_line_can_be_pasted(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     running = start()
     await running.until_ready()
