@@ -66,8 +66,7 @@ class HostProcess:
 
     @classmethod
     def spawn(cls, program: Sequence[str] = PROGRAM) -> HostProcess:
-        """Start the process. program: Python's arguments, for a host whose ranks
-        do something else. Raises OSError."""
+        """Start the process. program: Python's arguments, for a host whose ranks do something else. Raises OSError."""
         return cls(*Newborn(program).take())
 
     @property

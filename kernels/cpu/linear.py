@@ -135,7 +135,7 @@ def linear(code: Code, x: Tensor, weight: PackedWeight) -> Tensor:
     if num_rows:
         rows, scales = _prepare(code, code.contiguous(x), weight)
         _multiply(code, rows, scales, weight, out)
-    return code.contiguous(out[:, : weight.out_features])
+    return out if outputs == weight.out_features else code.contiguous(out[:, : weight.out_features])
 
 
 def rows_of(code: Code, ids: Tensor, weight: PackedWeight) -> Tensor:
@@ -145,7 +145,7 @@ def rows_of(code: Code, ids: Tensor, weight: PackedWeight) -> Tensor:
     units, unit = weight.data.shape[1], UNIT[weight.kind]
     out = code.empty((len(ids), units * unit), weight.data.dtype)
     code.run("rows_of", write_rows_of, [code.contiguous(ids), weight.data, out, units], len(ids), cost=units)
-    return code.contiguous(out[:, : weight.in_features])
+    return out if units * unit == weight.in_features else code.contiguous(out[:, : weight.in_features])
 
 
 def _prepare(code: Code, x: Tensor, weight: PackedWeight) -> tuple[Tensor, Tensor | None]:
