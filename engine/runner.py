@@ -350,21 +350,15 @@ def load_runner(
     split = choose_split(checkpoint.config, config.quantization, rank=tp.rank, size=tp.size)
     cache_dtype = choose_cache_dtype(config.cache.kv_cache_dtype, dtype, device)
     check_kernels(kernels, split.config, config.cache.block_size, dtype=dtype, cache_dtype=cache_dtype, device=device)
+    num_bytes = checkpoint.num_bytes(split.cut)
     shelf = None
     if isinstance(kernels, CpuKernels) and config.load_format != "dummy":
         variant = f"{dtype} {weight_format} {tp.rank} of {tp.size}"
-        num_bytes = checkpoint.num_bytes(split.cut)
         shelf = shelf_for(config.weights_cache, folder, kernels, variant=variant, num_bytes=num_bytes)
     with torch.inference_mode():
         kept = None if shelf is None else shelf.find(report)
-        parts = kept or llama.pack(
-            split,
-            kernels,
-            track(checkpoint.tensors(split.cut), checkpoint.num_bytes(split.cut), report=report),
-            dtype=dtype,
-            device=device,
-            weight_format=weight_format,
-        )
+        tensors = track(checkpoint.tensors(split.cut), num_bytes, report=report)
+        parts = kept or llama.pack(split, kernels, tensors, dtype=dtype, device=device, weight_format=weight_format)
         num_positions = min(config.max_model_len or 1 << 62, checkpoint.config.max_position_embeddings)
         model = llama.assemble(split, kernels, parts, device=device, num_positions=num_positions, tp=tp)
         mapped = 0 if kept is None else model.nbytes
